@@ -1,0 +1,120 @@
+"""The seam: which module computes a scan.
+
+A *kernel* is a function behind this seam. `reference` defines all of them, in pure Array API, for every
+case; a faster module defines any subset of the same names, with the same arguments and results::
+
+    lstm_forward(gates, h_0, c_0, weight_hh, *, weight_hr=None, lengths=None, reverse=False, save=True)
+        -> output, h_n, c_n, saved
+    lstm_backward(saved, weight_hh, d_output, d_h_n, d_c_n, *, weight_hr=None)
+        -> d_gates, d_h_0, d_c_0 [, d_weight_hr]
+    gru_forward(gates, h_0, weight_hh, *, bias_hn=None, lengths=None, reverse=False, save=True)
+        -> output, h_n, saved
+    gru_backward(saved, weight_hh, d_output, d_h_n) -> d_gates, d_h_0, d_recurrent_n
+    rnn_forward(gates, h_0, weight_hh, *, nonlinearity="tanh", lengths=None, reverse=False, save=True)
+        -> output, h_n, saved
+    rnn_backward(saved, weight_hh, d_output, d_h_n) -> d_gates, d_h_0
+    embedding_backward(d_rows, index, num_rows) -> d_table
+
+and ``why_not(name, case)``, None where it can serve the case and otherwise the reason, in a few words.
+A scan's forward and backward always come from the same module, since `saved` is its own business.
+
+What a kernel may rely on: arguments were validated; all arrays are in C order, of the layer's dtype, but
+`gates`, `c` and their gradients of `accumulation_dtype`; `lengths` is int64. `gates` and `saved` are the kernel's own: it may overwrite them
+and keep them. All other inputs stay as they are, and results never share memory with them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from ._case import Case
+
+__all__ = ["Case", "Kernels", "kernels_for", "names_of"]
+
+# Fastest first. What is not listed has the reference alone.
+_MODULES: dict[str, tuple[str, ...]] = {
+    "numpy": ("numpy", "reference"),
+    "torch": ("torch", "reference"),
+}
+
+
+class Kernels(NamedTuple):
+    """The kernels that serve a case: functions by name, the module of each, and why not a faster one."""
+
+    functions: dict[str, Callable[..., Any]]
+    modules: dict[str, str]
+    refused: dict[str, dict[str, str]]
+
+    def __getitem__(self, name: Any) -> Any:
+        """Return the function of that name."""
+        return self.functions[name]
+
+
+def names_of(cell: str) -> tuple[str, ...]:
+    """Return the names of the kernels that a cell needs."""
+    return (f"{cell}_backward",) if cell == "embedding" else (f"{cell}_forward", f"{cell}_backward")
+
+
+def kernels_for(namespace: str, case: Case) -> Kernels:
+    """Return, for each kernel of `case.cell`, the first module that serves the case.
+
+    Parameters
+    ----------
+    namespace : str
+        The array library, such as "numpy".
+    case : Case
+        What is to be computed.
+
+    Notes
+    -----
+    The environment variable ``RNNKIT_KERNELS``, a comma-separated list of module names, restricts the
+    choice; the reference always remains. It is for tests, for benchmarks, and to rule out a kernel when
+    hunting a bug.
+    """
+    return _choose(namespace, case, os.environ.get("RNNKIT_KERNELS", ""))
+
+
+@lru_cache(maxsize=256)
+def _choose(namespace: str, case: Case, only: str) -> Kernels:
+    allowed = {name.strip() for name in only.split(",")} if only else None
+    functions: dict[str, Callable[..., Any]] = {}
+    modules: dict[str, str] = {}
+    names = names_of(case.cell)
+    refused: dict[str, dict[str, str]] = {name: {} for name in names}
+    for module_name in _MODULES.get(namespace, ("reference",)):
+        if allowed is not None and module_name not in allowed and module_name != "reference":
+            reason: str | None = f"ruled out by RNNKIT_KERNELS={only}"
+        else:
+            reason = _serves(module_name, names, case)
+        for name in names:
+            if name in functions:
+                continue
+            if reason is None:
+                functions[name] = getattr(_load(module_name), name)
+                modules[name] = module_name
+            else:
+                refused[name][module_name] = reason
+    return Kernels(functions, modules, refused)
+
+
+def _serves(module_name: str, names: tuple[str, ...], case: Case) -> str | None:
+    """Return None where the module serves all `names` of the case, else why not."""
+    try:
+        module = _load(module_name)
+    except ImportError as error:
+        return f"{error.name} is not installed"
+    for name in names:
+        if not hasattr(module, name):
+            return f"has no {name}"
+        reason: str | None = module.why_not(name, case)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _load(module_name: str) -> Any:
+    return importlib.import_module(f".{module_name}", __name__)

@@ -1,0 +1,148 @@
+"""Losses: each returns its value and its gradient from the same pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ._array import accumulation_dtype, dtype_name, is_integer, namespace_of
+from ._typing import Array
+from .validation import padding_mask
+
+
+def softmax_cross_entropy(
+    logits: Array, targets: Array, *, mask: Array | None = None, lengths: Array | None = None
+) -> tuple[Array, Array]:
+    """Return the mean negative log-likelihood of the targets and its gradient.
+
+    Parameters
+    ----------
+    logits : array (..., V)
+        Unnormalised log-probabilities.
+    targets : array (...) of integers in [0, V)
+        Where they do not count, they may be anything.
+    mask : array (...) of booleans, optional
+        Which targets count.
+    lengths : array (B,) of integers, optional
+        Instead of a mask, for logits (T, B, V): the targets that count of each sequence.
+
+    Returns
+    -------
+    loss : array ()
+        In nats, the mean over the targets that count (0 if none does); on the logits' device.
+    d_logits : array (..., V)
+        Zero where targets do not count.
+
+    Raises
+    ------
+    ValueError
+        Shapes do not fit, or a target that counts is out of range (seen on the host only).
+    TypeError
+        Targets are not integers.
+    """
+    xp = namespace_of(logits)
+    if logits.ndim < 1 or tuple(targets.shape) != tuple(logits.shape[:-1]):
+        raise ValueError(f"targets must have shape {tuple(logits.shape[:-1])}, got {tuple(targets.shape)}")
+    if not is_integer(targets):
+        raise TypeError(f"targets must be integers, got dtype {targets.dtype}")
+    V = logits.shape[-1]
+    targets = xp.reshape(targets, (-1,))
+    counts = _counted(xp, mask, lengths, logits.shape[:-1], logits)
+    if counts is not None:
+        targets = xp.where(counts, targets, xp.zeros_like(targets))
+    z = xp.astype(xp.reshape(logits, (-1, V)), _accumulation(xp, logits), copy=False)
+    if math.prod(z.shape) == 0:
+        return xp.zeros((), dtype=z.dtype, device=z.device), xp.zeros_like(logits)
+    if _on_host(targets) and (int(xp.min(targets)) < 0 or int(xp.max(targets)) >= V):
+        low, high = int(xp.min(targets)), int(xp.max(targets))
+        raise ValueError(f"targets must lie in [0, V={V}), got {low if low < 0 else high}")
+
+    z = z - xp.max(z, axis=-1, keepdims=True)
+    exp_z = xp.exp(z)
+    total = xp.sum(exp_z, axis=-1, keepdims=True)
+    classes = xp.arange(V, dtype=targets.dtype, device=targets.device)
+    is_target = classes[None, :] == targets[:, None]
+    picked = xp.sum(xp.where(is_target, z, xp.zeros_like(z)), axis=-1)
+    losses = xp.log(total[:, 0]) - picked
+    probabilities = exp_z / total
+    d_z = xp.where(is_target, probabilities - 1.0, probabilities)
+    loss, scale = _mean(xp, losses, counts)
+    d_z = _weighted(xp, d_z, counts, scale)
+    return loss, xp.reshape(xp.astype(d_z, logits.dtype, copy=False), logits.shape)
+
+
+def mean_squared_error(
+    prediction: Array, target: Array, *, mask: Array | None = None, lengths: Array | None = None
+) -> tuple[Array, Array]:
+    """Return the mean of (prediction - target)**2 and its gradient with respect to the prediction.
+
+    Parameters
+    ----------
+    prediction, target : array (..., N)
+        Of the same shape and dtype.
+    mask : array (...) of booleans, optional
+        Which vectors of N numbers count.
+    lengths : array (B,) of integers, optional
+        Instead of a mask, for a prediction (T, B, N).
+
+    Returns
+    -------
+    loss : array ()
+        The mean over all numbers that count (0 if none does); on the prediction's device.
+    d_prediction : array (..., N)
+
+    Raises
+    ------
+    ValueError
+        Shapes differ.
+    """
+    xp = namespace_of(prediction)
+    if prediction.ndim < 1 or tuple(target.shape) != tuple(prediction.shape):
+        raise ValueError(f"target must have shape {tuple(prediction.shape)}, got {tuple(target.shape)}")
+    N = prediction.shape[-1]
+    dtype = _accumulation(xp, prediction)
+    counts = _counted(xp, mask, lengths, prediction.shape[:-1], prediction)
+    error = xp.reshape(xp.astype(prediction, dtype) - xp.astype(target, dtype), (-1, N))
+    if math.prod(error.shape) == 0:
+        return xp.zeros((), dtype=dtype, device=prediction.device), xp.zeros_like(prediction)
+    loss, scale = _mean(xp, xp.mean(error * error, axis=-1), counts)
+    d_prediction = _weighted(xp, 2.0 / N * error, counts, scale)
+    return loss, xp.reshape(xp.astype(d_prediction, prediction.dtype, copy=False), prediction.shape)
+
+
+def _counted(xp: Any, mask: Any, lengths: Any, shape: tuple[int, ...], like: Array) -> Array | None:
+    """Return which of the flattened positions count, or None for all."""
+    if mask is not None and lengths is not None:
+        raise ValueError("give mask or lengths, not both")
+    if lengths is not None:
+        if len(shape) != 2 or tuple(lengths.shape) != (shape[1],):
+            raise ValueError(f"lengths must have shape (B,) for a batch (T, B), got {tuple(lengths.shape)} for {shape}")
+        mask = padding_mask(shape[0], lengths)
+    if mask is None:
+        return None
+    if tuple(mask.shape) != tuple(shape):
+        raise ValueError(f"mask must have shape {tuple(shape)}, got {tuple(mask.shape)}")
+    return xp.reshape(xp.astype(mask, xp.bool, copy=False), (-1,))
+
+
+def _mean(xp: Any, losses: Array, counts: Array | None) -> tuple[Array, Any]:
+    """Return the mean over what counts and the weight 1/n of each, without reading n on the host."""
+    if counts is None:
+        return xp.mean(losses), 1.0 / losses.shape[0]
+    losses = xp.where(counts, losses, xp.zeros_like(losses))
+    n = xp.sum(xp.astype(counts, losses.dtype))
+    n = xp.where(n > 0, n, xp.ones_like(n))
+    return xp.sum(losses) / n, 1.0 / n
+
+
+def _weighted(xp: Any, d: Array, counts: Array | None, scale: Any) -> Array:
+    d = d * scale
+    return d if counts is None else xp.where(counts[:, None], d, xp.zeros_like(d))
+
+
+def _accumulation(xp: Any, array: Array) -> Any:
+    return getattr(xp, accumulation_dtype(dtype_name(array.dtype)))
+
+
+def _on_host(array: Array) -> bool:
+    return bool(array.__dlpack_device__()[0] == 1)

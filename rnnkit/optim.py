@@ -1,0 +1,187 @@
+"""Optimisers. Each works on one flat buffer of parameters and one of gradients, in place, on their device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._array import namespace_of
+from ._typing import Array
+from .parameters import ParameterDict
+
+
+class Optimizer:
+    """What the optimisers share: a learning rate, and state that follows the parameters.
+
+    Attributes
+    ----------
+    lr : float
+        The learning rate of the next step; a schedule may set it.
+    state : dict of str to array
+        Vectors beside ``params.flat``; empty before the first step.
+    steps : int
+        How many steps were taken.
+    """
+
+    def __init__(self, lr: float, **settings: float):
+        self.lr = _non_negative("lr", lr)
+        self._settings = settings
+        self.state: dict[str, Array] = {}
+        self.steps = 0
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {"lr": self.lr, **self._settings}
+
+    def step(self, params: ParameterDict, grads: ParameterDict) -> None:
+        """Change `params` in place by one step against `grads`.
+
+        Raises
+        ------
+        ValueError
+            They are not the parameters and gradients of the same layer.
+        """
+        if params.shapes != grads.shapes:
+            raise ValueError(
+                f"grads must have the names and shapes of params, got {list(grads)} for {list(params)}"
+            )
+        if self.state and next(iter(self.state.values())).shape != params.flat.shape:
+            raise ValueError("this optimiser's state belongs to other parameters: make a new optimiser")
+        self.steps += 1
+        self._step(params.flat, grads.flat)
+
+    def _step(self, flat: Array, d_flat: Array) -> None:
+        raise TypeError("Optimizer is the base of SGD and Adam: use one of those")
+
+    def _slot(self, name: str, flat: Array) -> Array:
+        """Return the state vector of that name, zeros at first."""
+        if name not in self.state:
+            self.state[name] = namespace_of(flat).zeros_like(flat)
+        return self.state[name]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in self.config.items())})"
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum, by torch.optim.SGD's formulas.
+
+    v <- momentum * v + gradient (+ weight_decay * parameter);  parameter <- parameter - lr * v
+
+    Parameters
+    ----------
+    lr : float
+        Learning rate.
+    momentum : float
+        How much of the step before goes on.
+    weight_decay : float
+        L2 penalty, added to the gradient.
+    """
+
+    def __init__(self, lr: float = 1e-2, *, momentum: float = 0.0, weight_decay: float = 0.0):
+        super().__init__(
+            lr,
+            momentum=_non_negative("momentum", momentum),
+            weight_decay=_non_negative("weight_decay", weight_decay),
+        )
+
+    def _step(self, flat: Array, d_flat: Array) -> None:
+        momentum, decay = self._settings["momentum"], self._settings["weight_decay"]
+        if decay:
+            d_flat = d_flat + decay * flat
+        if momentum:
+            velocity = self._slot("velocity", flat)
+            velocity *= momentum
+            velocity += d_flat
+            d_flat = velocity
+        flat -= self.lr * d_flat
+
+
+class Adam(Optimizer):
+    """Adam (Kingma and Ba 2015) with decoupled weight decay (Loshchilov and Hutter 2019).
+
+    The formulas are torch.optim.AdamW's; without weight decay also torch.optim.Adam's.
+
+    Parameters
+    ----------
+    lr : float
+        Learning rate.
+    betas : (float, float)
+        Decay of the running means of the gradient and of its square.
+    eps : float
+        Added to the root of the second.
+    weight_decay : float
+        Each step first shrinks the parameters by lr * weight_decay.
+    """
+
+    def __init__(
+        self, lr: float = 1e-3, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):  # fmt: skip
+        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+        self.betas = (float(betas[0]), float(betas[1]))
+        super().__init__(
+            lr, eps=_non_negative("eps", eps), weight_decay=_non_negative("weight_decay", weight_decay)
+        )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {"lr": self.lr, "betas": list(self.betas), **self._settings}
+
+    def _step(self, flat: Array, d_flat: Array) -> None:
+        xp, (beta_1, beta_2) = namespace_of(flat), self.betas
+        mean, square = self._slot("mean", flat), self._slot("square", flat)
+        mean *= beta_1
+        mean += (1.0 - beta_1) * d_flat
+        square *= beta_2
+        square += (1.0 - beta_2) * d_flat * d_flat
+        if self._settings["weight_decay"]:
+            flat *= 1.0 - self.lr * self._settings["weight_decay"]
+        # The bias corrections are numbers of the host: the step count is known there.
+        step_size = self.lr / (1.0 - beta_1**self.steps)
+        root = xp.sqrt(square) / (1.0 - beta_2**self.steps) ** 0.5 + self._settings["eps"]
+        flat -= step_size * mean / root
+
+
+def clip_grad_norm(grads: ParameterDict, max_norm: float) -> Array:
+    """Scale the gradients in place so that their norm, taken together, is at most `max_norm`.
+
+    Parameters
+    ----------
+    grads : ParameterDict
+        From a pullback.
+    max_norm : float
+        Positive.
+
+    Returns
+    -------
+    array ()
+        The norm before; it stays on the device, and nothing waits for it.
+
+    Raises
+    ------
+    ValueError
+        `max_norm` is not positive.
+
+    References
+    ----------
+    R. Pascanu, T. Mikolov, Y. Bengio, "On the difficulty of training recurrent neural networks", ICML
+    (2013). The formula is torch.nn.utils.clip_grad_norm_'s.
+    """
+    if not max_norm > 0.0:
+        raise ValueError(f"max_norm must be positive, got {max_norm}")
+    xp, flat = namespace_of(grads.flat), grads.flat
+    norm = xp.linalg.vector_norm(flat)
+    scale = max_norm / (norm + 1e-6)
+    flat *= xp.where(scale < 1.0, scale, xp.ones_like(scale))
+    return norm
+
+
+def _non_negative(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0.0 <= value < float("inf"):
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    return float(value)

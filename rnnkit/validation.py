@@ -1,0 +1,200 @@
+"""The checks of what users pass in: once, in the public layer. Kernels trust what comes through here.
+
+A message names the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._array import Backend, is_integer, namespace_of
+from ._random import fresh_seed
+from ._typing import Array
+
+
+def check_dtype(argument: str, array: Array, backend: Backend, dtype: str) -> None:
+    """Raise TypeError unless `array` has the dtype of that name: precision never changes silently."""
+    if array.dtype != backend.dtype(dtype):
+        raise TypeError(f"{argument} must have dtype {dtype}, got {array.dtype}")
+
+
+def resolve_seed(seed: int | None) -> int:
+    """Return the user's seed, or a fresh one for None.
+
+    Raises
+    ------
+    TypeError
+        It is no integer.
+    """
+    if seed is None:
+        return fresh_seed()
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"seed must be an integer or None, got {seed!r}")
+    return int(seed)
+
+
+def check_size(name: str, value: Any, least: int = 1) -> int:
+    """Return `value` as an int of at least `least`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        It is no integer, or too small.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if int(value) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def check_probability(name: str, value: Any) -> float:
+    """Return `value` as a float in [0, 1].
+
+    Raises
+    ------
+    TypeError, ValueError
+        It is no number, or outside.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    return float(value)
+
+
+def check_float(argument: str, value: Any, shape: tuple[int, ...], backend: Backend, dtype: str) -> Array:
+    """Return `value` as an array of the backend after checking its shape and dtype."""
+    array = backend.accept(value, argument)
+    if tuple(array.shape) != tuple(shape):
+        raise ValueError(f"{argument} must have shape {tuple(shape)}, got {tuple(array.shape)}")
+    check_dtype(argument, array, backend, dtype)
+    return array
+
+
+def check_tokens(argument: str, tokens: Array, size: int, on_host: bool) -> Array:
+    """Return integer `tokens` as int64 after checking that they lie in [0, size).
+
+    On a GPU their values are not read: that would stop the device for every batch.
+    """
+    xp = namespace_of(tokens)
+    if not is_integer(tokens):
+        raise TypeError(f"{argument} must be integers, got dtype {tokens.dtype}")
+    if on_host and math.prod(tokens.shape):
+        low, high = int(xp.min(tokens)), int(xp.max(tokens))
+        if low < 0 or high >= size:
+            raise ValueError(f"{argument} must lie in [0, {size}), got {low if low < 0 else high}")
+    return xp.astype(tokens, xp.int64, copy=False)
+
+
+class SequenceInput(NamedTuple):
+    """A checked sequence, time first, and how its owner wants results laid out.
+
+    Attributes
+    ----------
+    x : array (T, B, I), or integers (T, B)
+        Zero behind each sequence's end.
+    lengths : array (B,) of int64, or None
+    batched, batch_first : bool
+        The layout of the argument.
+    """
+
+    x: Array
+    lengths: Array | None
+    batched: bool
+    batch_first: bool
+
+    def time_first(self, array: Array) -> Array:
+        """Bring an array that is laid out like the argument into the order (T, B, ...)."""
+        if not self.batched:
+            return array[:, None, ...]
+        if self.batch_first:
+            return namespace_of(array).permute_dims(array, (1, 0, *range(2, array.ndim)))
+        return array
+
+    def as_given(self, array: Array) -> Array:
+        """Bring (T, B, N) into the layout of the argument."""
+        if not self.batched:
+            return array[:, 0, ...]
+        if self.batch_first:
+            return namespace_of(array).permute_dims(array, (1, 0, *range(2, array.ndim)))
+        return array
+
+    def given_shape(self, features: int) -> tuple[int, ...]:
+        """Return the shape of an array with `features` numbers a step in the layout of the argument."""
+        T, B = self.x.shape[:2]
+        if not self.batched:
+            return (T, features)
+        return (B, T, features) if self.batch_first else (T, B, features)
+
+
+def check_sequence(
+    x: Any, lengths: Any, backend: Backend, dtype: str, input_size: int, batch_first: bool
+) -> SequenceInput:
+    """Check the input of a recurrent layer: floats (T, B, I), or integers (T, B), one-hot positions."""
+    x = backend.accept(x, "x")
+    tokens = is_integer(x)
+    rank = x.ndim + tokens
+    axes = "B, T" if batch_first else "T, B"
+    if rank not in (2, 3) or (not tokens and x.shape[-1] != input_size):
+        wanted = f"({axes}) of integers" if tokens else f"({axes}, input_size={input_size})"
+        raise ValueError(f"x must have shape {wanted}, got {tuple(x.shape)}")
+    if not tokens:
+        check_dtype("x", x, backend, dtype)
+    given = SequenceInput(x, None, rank == 3, batch_first and rank == 3)
+    x = given.time_first(x)
+    T, B = x.shape[:2]
+    if T == 0:
+        raise ValueError(f"x must have at least one time step, got shape {tuple(given.x.shape)}")
+    if lengths is not None:
+        if not given.batched:
+            raise ValueError("lengths needs a batch: x without one has no padding")
+        lengths = check_lengths(lengths, backend, T, B)
+        x = zero_padding(x, lengths)
+    if tokens:
+        x = check_tokens("x", x, input_size, backend.on_host)
+    return given._replace(x=x, lengths=lengths)
+
+
+def check_lengths(lengths: Any, backend: Backend, T: int, B: int) -> Array:
+    """Return `lengths` as int64 (B,) on the backend after checking that they lie in [0, T].
+
+    The values of lengths that are on a GPU are not read: that would stop the device for every batch.
+    """
+    if not backend.owns(lengths):
+        if hasattr(lengths, "__dlpack__") and not isinstance(lengths, np.ndarray):
+            lengths = backend.accept(lengths, "lengths")
+        else:
+            # Lists and NumPy arrays may come from the host whatever the backend: they are small, and
+            # their values can be checked without stopping the device.
+            lengths = np.asarray(lengths)
+            if lengths.shape == (0,):
+                lengths = lengths.astype(np.int64)
+    xp = namespace_of(lengths)
+    if not is_integer(lengths):
+        raise TypeError(f"lengths must be integers, got dtype {lengths.dtype}")
+    if tuple(lengths.shape) != (B,):
+        raise ValueError(f"lengths must have shape (B={B},), got {tuple(lengths.shape)}")
+    if B and (isinstance(lengths, np.ndarray) or backend.on_host):
+        low, high = int(xp.min(lengths)), int(xp.max(lengths))
+        if low < 0 or high > T:
+            raise ValueError(f"lengths must lie in [0, T={T}], got {low if low < 0 else high}")
+    if not backend.owns(lengths):
+        return backend.asarray(lengths, "int64")
+    return xp.astype(lengths, xp.int64, copy=False)
+
+
+def padding_mask(T: int, lengths: Array) -> Array:
+    """Return booleans (T, B), True where a sequence has a step."""
+    xp = namespace_of(lengths)
+    return xp.arange(T, dtype=lengths.dtype, device=lengths.device)[:, None] < lengths[None, :]
+
+
+def zero_padding(x: Array, lengths: Array) -> Array:
+    """Return x (T, B, ...) with zeros behind each sequence's end, whatever lies there, NaN included."""
+    xp = namespace_of(x)
+    mask = xp.reshape(padding_mask(x.shape[0], lengths), (*x.shape[:2], *(1 for _ in x.shape[2:])))
+    return xp.where(mask, x, xp.zeros_like(x))
