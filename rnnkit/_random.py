@@ -14,6 +14,8 @@ import math
 import secrets
 from typing import Any
 
+import numpy as np
+
 from ._typing import Array, Namespace
 
 _MASK = 0xFFFFFFFF
@@ -22,6 +24,11 @@ _MASK = 0xFFFFFFFF
 def fresh_seed() -> int:
     """Return a seed from the operating system, for callers who gave none."""
     return secrets.randbits(32)
+
+
+def derive_seed(seed: int, label: str) -> int:
+    """Return the seed of a part, independent of those of other parts and of the whole's own streams."""
+    return int.from_bytes(hashlib.blake2s(f"{seed}//{label}".encode(), digest_size=8).digest(), "little")
 
 
 def random_bits(xp: Namespace, size: int, seed: int, label: str, device: Any = None) -> Array:
@@ -48,6 +55,11 @@ def uniform(xp: Namespace, size: int, seed: int, label: str, device: Any = None)
     """Return `size` uniform numbers in [0, 1) as float64, multiples of 2**-24 and so exact in float32."""
     bits = random_bits(xp, size, seed, label, device)
     return xp.astype(bits >> 8, xp.float64) * 2.0**-24
+
+
+def permutation(size: int, seed: int, label: str) -> np.ndarray[Any, Any]:
+    """Return 0 .. size-1 in random order, on the host."""
+    return np.argsort(random_bits(np, size, seed, label), kind="stable")
 
 
 def dropout_scale(like: Array, xp: Namespace, p: float, seed: int, label: str) -> Array:
