@@ -265,6 +265,7 @@ def _numpy(device: str) -> Backend:
 
 
 def _torch(device: str) -> Backend:
+    name = f"torch:{device}" if device else "torch"
     try:
         torch: Any = importlib.import_module("torch")
     except ImportError as error:
@@ -274,15 +275,15 @@ def _torch(device: str) -> Backend:
     try:
         where = torch.device(device) if device else torch.get_default_device()
     except RuntimeError as error:
-        raise ValueError(f"backend 'torch:{device}' names no torch device: {str(error).split(chr(10))[0]}") from None
+        raise ValueError(f"backend {name!r} names no torch device: {_first_line(error)}") from None
     try:
         probe = torch.empty(0, device=where)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BackendUnavailableError(
-            f'backend "torch:{device}" has no such device here: {str(error).split(chr(10))[0]}; '
-            "install a PyTorch build for it (https://pytorch.org/get-started/locally), or use backend \"torch:cpu\""
+            f"backend {name!r} has no such device here: {_first_line(error)}; install a PyTorch build for it "
+            "(https://pytorch.org/get-started/locally), or use backend 'torch:cpu'"
         ) from None
-    return _finish(f"torch:{device}" if device else "torch", importlib.import_module("array_api_compat.torch"), probe)
+    return _finish(name, importlib.import_module("array_api_compat.torch"), probe)
 
 
 def _cupy(device: str) -> Backend:
@@ -311,6 +312,10 @@ def _cupy(device: str) -> Backend:
     with cupy.cuda.Device(int(device)) if device else nullcontext():
         probe = cupy.empty(0)
     return _finish(name, importlib.import_module("array_api_compat.cupy"), probe)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _from_module(module: ModuleType) -> Backend:

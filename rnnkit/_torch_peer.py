@@ -20,7 +20,7 @@ from .model import LanguageModel
 from .training import History
 
 
-class _Peer(torch.nn.Module):
+class _Peer(torch.nn.Module):  # type: ignore[misc]
     def __init__(self, model: LanguageModel):
         super().__init__()
         self.vocab_size = model.vocab_size
@@ -41,12 +41,12 @@ class _Peer(torch.nn.Module):
 
 def fit_torch(
     initial: LanguageModel, train: Any, validation: Any, *, epochs: int, batch_size: int,
-    learning_rate: float, clip_norm: float, schedule: Callable[[int], float], seed: int, progress: bool,
-    name: str,
+    learning_rate: float, eps: float, clip_norm: float, schedule: Callable[[int], float], seed: int,
+    progress: bool, name: str,
 ) -> tuple[History, LanguageModel]:  # fmt: skip
     """Train torch's LSTM from the same initial weights on the same batches; return it as our model."""
     peer = _Peer(initial)
-    optimizer = torch.optim.Adam(peer.parameters(), lr=learning_rate)
+    optimizer = torch.optim.Adam(peer.parameters(), lr=learning_rate, eps=eps)
     host = np.asarray
     train_data, val_data = Sequences(train, host), Sequences(validation, host)
     history = History()
@@ -58,7 +58,7 @@ def fit_torch(
             for batch in train_data.batches(batch_size, seed, f"epoch {epoch}"):
                 optimizer.zero_grad()
                 loss = peer.loss(batch)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 torch.nn.utils.clip_grad_norm_(peer.parameters(), clip_norm)
                 optimizer.step()
                 nats += loss.item() * batch.num_tokens

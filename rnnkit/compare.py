@@ -78,8 +78,8 @@ def largest_n(model: LanguageModel, vocabulary: Vocabulary, limit: int = LARGEST
 
 def compare(
     *, out: str | Path = "runs/compare", cells: Sequence[str] = ("rnn", "lstm", "gru"), hidden_size: int,
-    num_sequences: int, max_n: int, epochs: int, batch_size: int, learning_rate: float, clip_norm: float,
-    forget_bias: float | None, seed: int, backend: Any = None, dtype: str = "float32",
+    num_sequences: int, max_n: int, epochs: int, batch_size: int, learning_rate: float, eps: float,
+    clip_norm: float, forget_bias: float | None, seed: int, backend: Any = None, dtype: str = "float32",
     torch_peer: bool | None = None, restart: bool = False, progress: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the models, write pictures, metrics and models into `out`, and return the metrics.
@@ -90,8 +90,8 @@ def compare(
         torch_peer = "lstm" in cells and importlib.util.find_spec("torch") is not None
     settings = {
         "cells": list(cells), "hidden_size": hidden_size, "num_sequences": num_sequences, "max_n": max_n,
-        "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "clip_norm": clip_norm,
-        "forget_bias": forget_bias, "seed": seed, "dtype": dtype, "torch": torch_peer,
+        "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "eps": eps,
+        "clip_norm": clip_norm, "forget_bias": forget_bias, "seed": seed, "dtype": dtype, "torch": torch_peer,
     }  # fmt: skip
     folder = _open(Path(out), settings, restart)
     sequences = counting_language(num_sequences, max_n, seed)
@@ -106,12 +106,12 @@ def compare(
 
     models: dict[str, LanguageModel] = {}
     histories: dict[str, History] = {}
-    training = {
+    training: dict[str, Any] = {
         "epochs": epochs, "batch_size": batch_size, "clip_norm": clip_norm, "seed": seed,
         "schedule": cosine_schedule(epochs, final=0.01), "progress": progress,
     }  # fmt: skip
     for cell in cells:
-        special = {"forget_bias": forget_bias} if cell == "lstm" else {}
+        special: dict[str, Any] = {"forget_bias": forget_bias} if cell == "lstm" else {}
         model = LanguageModel(
             len(vocabulary), hidden_size, cell, tokens=vocabulary.tokens, backend=backend, dtype=dtype,
             seed=seed, **special,
@@ -125,7 +125,7 @@ def compare(
             models[name] = load(folder / cell / "last.safetensors", backend=backend)
             continue
         histories[name] = fit(
-            model, parts["train"], parts["validation"], optimizer=Adam(learning_rate),
+            model, parts["train"], parts["validation"], optimizer=Adam(learning_rate, eps=eps),
             checkpoint=folder / cell, name=f"{name:10s}", **training,
         )  # fmt: skip
         models[name] = model
@@ -135,10 +135,11 @@ def compare(
 
         name = "torch LSTM"
         histories[name], models[name] = fit_torch(
-            initial, parts["train"], parts["validation"], learning_rate=learning_rate, name=name, **training
-        )
-        curves = [histories[key].validation_loss for key in ("LSTM", name)]
-        difference = float(np.max(np.abs(np.subtract(*curves))))
+            initial, parts["train"], parts["validation"], learning_rate=learning_rate, eps=eps, name=name,
+            **training,
+        )  # fmt: skip
+        ours, theirs = histories["LSTM"].validation_loss, histories[name].validation_loss
+        difference = float(np.max(np.abs(np.subtract(ours, theirs))))
 
     metrics = {
         "settings": {**settings, "backend": models[next(iter(models))].backend},
@@ -146,12 +147,15 @@ def compare(
         "entropy_floor": math.log(max_n) / (max_n + 1),
         "entropy_floors": floors,
         "models": {
-            name: _measure(model, histories[name], vocabulary, parts, floors) for name, model in models.items()
+            name: _measure(model, histories[name], vocabulary, parts, floors)
+            for name, model in models.items()
         },
         "largest_validation_difference_to_torch": difference,
     }
     curves = {name: Curve(history.train_loss, history.validation_loss) for name, history in histories.items()}
-    title = f"a^n b^n EOS, n = 1..{max_n}: {len(parts['train'])} training sequences, hidden size {hidden_size}"
+    title = (
+        f"a^n b^n EOS, n = 1..{max_n}: {len(parts['train'])} training sequences, hidden size {hidden_size}"
+    )
     plot_losses(curves, folder / "loss.png", floor=floors["validation"], title=title)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
     (folder / _UNFINISHED).unlink(missing_ok=True)
@@ -168,28 +172,41 @@ def compare(
 
 def table(metrics: dict[str, Any]) -> str:
     """Return the metrics as a table for a terminal."""
-    floor_epochs = "epochs to"
-    head = ("", "train", "validation", "test", "fresh", "x floor", "accuracy", floor_epochs, "largest", "seconds")
+    head = (
+        "",
+        "train",
+        "validation",
+        "test",
+        "fresh",
+        "x floor",
+        "accuracy",
+        "epochs to",
+        "largest",
+        "seconds",
+    )
     unit = ("", "loss", "loss", "loss", "loss", "(fresh)", "(test)", "1.1 floor", "n", "an epoch")
-    rows = [head, unit]
+    rows: list[tuple[str, ...]] = [head, unit]
     for name, model in metrics["models"].items():
         loss = model["loss"]
         rows.append(
             (
-                name, *(f"{loss[part]:.4f}" for part in ("train", "validation", "test", "fresh")),
+                name,
+                *(f"{loss[part]:.4f}" for part in ("train", "validation", "test", "fresh")),
                 f"{loss['fresh'] / metrics['entropy_floors']['fresh']:.3f}",
                 f"{100 * model['predictable_accuracy']['test']:.1f} %",
                 str(model["epochs_to_floor"] or "never"),
                 f"{model['largest_n']}" + ("+" if model["largest_n"] == LARGEST_N else ""),
                 f"{model['seconds_per_epoch']:.3f}",
-            )  # fmt: skip
+            )
         )
     floors = metrics["entropy_floors"]
     parts = ("train", "validation", "test", "fresh")
     rows.append(("floor", *(f"{floors[part]:.4f}" for part in parts), "1.000", "", "", "", ""))
     widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
     return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        )
         for row in rows
     )
 

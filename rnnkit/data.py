@@ -89,7 +89,8 @@ class Vocabulary:
 
     def one_hot(self, sequence: Iterable[str], dtype: Any = "float32") -> np.ndarray[Any, Any]:
         """Return one-hot vectors (T, V). Layers need none: they take numbers as they are."""
-        return np.eye(len(self), dtype=dtype)[self.encode(sequence)]
+        vectors: np.ndarray[Any, Any] = np.eye(len(self), dtype=dtype)[self.encode(sequence)]
+        return vectors
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -156,7 +157,9 @@ def read_text(path: str | Path, level: str = "char") -> list[str]:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}") from None
-    tokens = list(text) if level == "char" else [w for line in text.splitlines() for w in (*line.split(), EOS)]
+    tokens = (
+        list(text) if level == "char" else [w for line in text.splitlines() for w in (*line.split(), EOS)]
+    )
     if not tokens:
         raise ValueError(f"{path} is empty")
     return tokens
@@ -291,7 +294,9 @@ class Stream:
     def __init__(self, tokens: Any, batch_size: int, window: int, asarray: Callable[[Any], Array]):
         tokens = np.asarray(tokens)
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise ValueError(f"a stream must be a 1-D integer array, got shape {tokens.shape}, {tokens.dtype}")
+            raise ValueError(
+                f"a stream must be a 1-D integer array, got shape {tokens.shape}, {tokens.dtype}"
+            )
         rows = (len(tokens) - 1) // batch_size
         if rows < 1:
             raise ValueError(f"a stream needs more than batch_size={batch_size} tokens, got {len(tokens)}")

@@ -67,7 +67,9 @@ class Linear(Layer):
         def pullback(d_y: Array) -> Gradients:
             xp = self._backend.xp
             with self._backend.active():
-                d_y = xp.reshape(check_float("d_y", d_y, y.shape, self._backend, self._dtype), (-1, self.out_features))
+                d_y = xp.reshape(
+                    check_float("d_y", d_y, y.shape, self._backend, self._dtype), (-1, self.out_features)
+                )
                 rows = xp.reshape(x, (-1, self.in_features))
                 d_params = {"weight": matmul(xp.matrix_transpose(d_y), rows)}
                 if self.bias:
@@ -108,9 +110,7 @@ class Embedding(Layer):
     ):  # fmt: skip
         self.num_embeddings = check_size("num_embeddings", num_embeddings)
         self.embedding_dim = check_size("embedding_dim", embedding_dim)
-        super().__init__(
-            {"num_embeddings": num_embeddings, "embedding_dim": embedding_dim}, backend, dtype
-        )
+        super().__init__({"num_embeddings": num_embeddings, "embedding_dim": embedding_dim}, backend, dtype)
         initial = initial_normal({"weight": (num_embeddings, embedding_dim)}, resolve_seed(seed))
         self._params = create(self._backend, self._dtype, initial)
 
@@ -131,7 +131,10 @@ class Embedding(Layer):
             xp = self._backend.xp
             case = Case("embedding", self._dtype, self.embedding_dim, device=self.backend)
             with self._backend.active():
-                d_rows = xp.reshape(check_float("d_vectors", d_vectors, vectors.shape, self._backend, self._dtype), (-1, self.embedding_dim))
+                d_rows = xp.reshape(
+                    check_float("d_vectors", d_vectors, vectors.shape, self._backend, self._dtype),
+                    (-1, self.embedding_dim),
+                )
                 backward = kernels_for(self._backend.library, case)["embedding_backward"]
                 d_weight = backward(d_rows, xp.reshape(tokens, (-1,)), self.num_embeddings)
                 return Gradients(None, join({"weight": d_weight}, vectors.dtype))

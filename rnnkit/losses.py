@@ -116,7 +116,9 @@ def _counted(xp: Any, mask: Any, lengths: Any, shape: tuple[int, ...], like: Arr
         raise ValueError("give mask or lengths, not both")
     if lengths is not None:
         if len(shape) != 2 or tuple(lengths.shape) != (shape[1],):
-            raise ValueError(f"lengths must have shape (B,) for a batch (T, B), got {tuple(lengths.shape)} for {shape}")
+            raise ValueError(
+                f"lengths must have shape (B,) for a batch (T, B), got {tuple(lengths.shape)} for {shape}"
+            )
         mask = padding_mask(shape[0], lengths)
     if mask is None:
         return None

@@ -90,7 +90,9 @@ class LanguageModel(Layer):
         def place(part: str) -> dict[str, Any]:
             return {"backend": self._backend, "dtype": self._dtype, "seed": derive_seed(seed, part)}
 
-        special = {"proj_size": proj_size, "forget_bias": forget_bias} if cell == "lstm" else {}
+        special: dict[str, Any] = {}
+        if cell == "lstm":
+            special = {"proj_size": proj_size, "forget_bias": forget_bias}
         self.embedding = None
         if embedding_dim is not None:
             self.embedding = Embedding(vocab_size, embedding_dim, **place("embedding"))
@@ -100,7 +102,11 @@ class LanguageModel(Layer):
         self.linear = Linear(proj_size or hidden_size, vocab_size, **place("linear"))
         self._bind(
             join(
-                {f"{part}.{name}": value for part, layer in self._parts() for name, value in layer.params.items()},
+                {
+                    f"{part}.{name}": value
+                    for part, layer in self._parts()
+                    for name, value in layer.params.items()
+                },
                 self._backend.dtype(self._dtype),
             )
         )
@@ -230,7 +236,8 @@ class LanguageModel(Layer):
         tokens = self._backend.accept(tokens, "tokens")
         if tokens.ndim != 2 or not is_integer(tokens):
             raise ValueError(
-                f"tokens must be integers of shape (T, B), got dtype {tokens.dtype} and shape {tuple(tokens.shape)}"
+                "tokens must be integers of shape (T, B), "
+                f"got dtype {tokens.dtype} and shape {tuple(tokens.shape)}"
             )
         if lengths is None or self.embedding is None:
             return tokens, tokens

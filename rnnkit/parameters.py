@@ -59,8 +59,8 @@ class ParameterDict(dict[str, Array]):
             "write into one (params[name][...] = value) or call load_params"
         )
 
-    __setitem__ = __delitem__ = __ior__ = _refuse  # type: ignore[assignment]
-    pop = popitem = clear = update = setdefault = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    pop = popitem = clear = update = setdefault = _refuse
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ParameterDict, (self.flat, self.shapes)
@@ -120,9 +120,7 @@ def initial_normal(shapes: Shapes, seed: int) -> dict[str, np.ndarray[Any, Any]]
 def create(backend: Backend, dtype: str, initial: Mapping[str, np.ndarray[Any, Any]]) -> ParameterDict:
     """Move initial values from the host into one flat buffer of the backend."""
     flat = np.concatenate([value.reshape(-1) for value in initial.values()])
-    return ParameterDict(
-        backend.asarray(flat, dtype), {name: value.shape for name, value in initial.items()}
-    )
+    return ParameterDict(backend.asarray(flat, dtype), {name: value.shape for name, value in initial.items()})
 
 
 def load_into(params: ParameterDict, values: Mapping[str, Any], backend: Backend, dtype: str) -> None:
@@ -247,9 +245,14 @@ class Layer:
         dtype : str, optional
             By default the same.
         """
-        return _rebuild(
-            type(self), self._config, backend or self._backend, dtype or self._dtype, to_numpy(self._params.flat)
+        moved: Self = _rebuild(
+            type(self),
+            self._config,
+            backend or self._backend,
+            dtype or self._dtype,
+            to_numpy(self._params.flat),
         )
+        return moved
 
     def __reduce__(self) -> tuple[Any, ...]:
         flat = to_numpy(self._params.flat)

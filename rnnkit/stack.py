@@ -15,7 +15,7 @@ from ._array import accumulation_dtype, is_integer, matmul
 from ._random import dropout_scale
 from ._typing import Array
 from .kernels import Case, Kernels, kernels_for, names_of
-from .parameters import Gradients, Layer, create, initial_uniform, join
+from .parameters import Gradients, Layer, initial_uniform, join
 from .validation import (
     SequenceInput,
     check_float,
@@ -167,7 +167,7 @@ class Stack(Layer):
             The layer is bidirectional: its output depends on the future.
         """
         if self.bidirectional:
-            raise ValueError("step needs a layer with bidirectional=False: the reverse direction needs the future")
+            raise ValueError("step needs bidirectional=False: the reverse direction begins in the future")
         with self._backend.active():
             x_t = self._backend.accept(x_t, "x_t")
             call = self._check(x_t[None, ...], None, batch_first=False)
@@ -244,7 +244,6 @@ class Stack(Layer):
         self, call: SequenceInput, tape: Tape, d_output: Array,
         d_states: list[Array],
     ) -> Gradients:  # fmt: skip
-        xp = self._backend.xp
         d_initial: list[list[Array]] = [[] for _ in self._state_names]
         d_params: dict[str, Array] = {}
         d_x = d_output
@@ -310,7 +309,9 @@ class Stack(Layer):
         if d_bias is not None:
             d_params[f"bias_ih{suffix}"] = d_params[f"bias_hh{suffix}"] = d_bias
 
-    def _recurrent_weight_gradient(self, call: SequenceInput, scan: Scanned, reverse: bool, d_z: Array) -> Array:
+    def _recurrent_weight_gradient(
+        self, call: SequenceInput, scan: Scanned, reverse: bool, d_z: Array
+    ) -> Array:
         """Return sum over t of d_z[t]^T h[t-1], where h[-1] is h_0, without ever shifting a copy of h.
 
         One product of everything but the first step with the outputs, which are zero where a sequence is

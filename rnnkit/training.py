@@ -64,8 +64,9 @@ class History:
 
     def plot(self, path: str | Path | None = None, *, floor: float | None = None, title: str = "") -> Any:
         """Draw the loss curves with matplotlib; return the figure, and write it to `path` if given."""
-        curve = Curve(self.train_loss, self.validation_loss)
-        return plot_losses({"validation" if self.validation_loss else "training": curve}, path, floor=floor, title=title)
+        name = "validation" if self.validation_loss else "training"
+        curves = {name: Curve(self.train_loss, self.validation_loss)}
+        return plot_losses(curves, path, floor=floor, title=title)
 
 
 class Evaluation(NamedTuple):
@@ -121,9 +122,7 @@ def train_step(
     return loss, state
 
 
-def evaluate(
-    model: LanguageModel, data: Any, *, batch_size: int = 64, window: int = 128
-) -> Evaluation:
+def evaluate(model: LanguageModel, data: Any, *, batch_size: int = 64, window: int = 128) -> Evaluation:
     """Return loss and accuracy of a model on data, without changing it.
 
     Parameters
@@ -336,14 +335,9 @@ class _Run:
                 "finish it with the same call, delete it, or choose another folder"
             )
         model, optimizer = self.model, self.optimizer
-        model.load_params(
-            {name.removeprefix("model."): value for name, value in arrays.items() if name.startswith("model.")}
-        )
-        optimizer.state = {
-            name.removeprefix("optimizer."): model.asarray(value)
-            for name, value in arrays.items()
-            if name.startswith("optimizer.")
-        }
+        model.load_params(_with_prefix(arrays, "model."))
+        vectors = _with_prefix(arrays, "optimizer.")
+        optimizer.state = {name: model.asarray(value) for name, value in vectors.items()}
         optimizer.steps = run["steps"]
         self.base_lr = run["base_lr"]
         self.history = History(**run["history"])
@@ -402,7 +396,8 @@ def _train_epoch(
         raise FloatingPointError(
             f"the loss became {mean} in epoch {run.epoch + 1}: a smaller learning rate or clip_norm may help"
         )
-    bar.set_postfix_str(f"epoch {run.epoch + 1}, loss {mean:.4f}, {run.tokens / max(run.seconds, 1e-9):,.0f} tokens/s", refresh=False)
+    rate = run.tokens / max(run.seconds, 1e-9)
+    bar.set_postfix_str(f"epoch {run.epoch + 1}, loss {mean:.4f}, {rate:,.0f} tokens/s", refresh=False)
 
 
 def _evaluate(model: LanguageModel, data: Any, batch_size: int) -> Evaluation:
@@ -435,6 +430,10 @@ def _device_data(data: Any, model: LanguageModel, batch_size: int, window: int) 
     if isinstance(data, (list, tuple)) and (not data or not isinstance(data[0], (int, np.integer))):
         return Sequences(data, model.asarray)
     return Stream(to_numpy(data) if hasattr(data, "__dlpack__") else data, batch_size, window, model.asarray)
+
+
+def _with_prefix(arrays: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
 
 
 def _state_parts(state: State) -> Iterable[Array]:

@@ -19,8 +19,9 @@ and ``why_not(name, case)``, None where it can serve the case and otherwise the 
 A scan's forward and backward always come from the same module, since `saved` is its own business.
 
 What a kernel may rely on: arguments were validated; all arrays are in C order, of the layer's dtype, but
-`gates`, `c` and their gradients of `accumulation_dtype`; `lengths` is int64. `gates` and `saved` are the kernel's own: it may overwrite them
-and keep them. All other inputs stay as they are, and results never share memory with them.
+`gates`, `c` and their gradients of `accumulation_dtype`; `lengths` is int64. `gates` and `saved` are the
+kernel's own: it may overwrite them and keep them. All other inputs stay as they are, and results never
+share memory with them.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from ._case import Case
 
@@ -42,14 +44,15 @@ _MODULES: dict[str, tuple[str, ...]] = {
 }
 
 
-class Kernels(NamedTuple):
+@dataclass(frozen=True)
+class Kernels:
     """The kernels that serve a case: functions by name, the module of each, and why not a faster one."""
 
     functions: dict[str, Callable[..., Any]]
     modules: dict[str, str]
     refused: dict[str, dict[str, str]]
 
-    def __getitem__(self, name: Any) -> Any:
+    def __getitem__(self, name: str) -> Callable[..., Any]:
         """Return the function of that name."""
         return self.functions[name]
 

@@ -233,8 +233,8 @@ def gru_forward(
     output = _zero_padding(xp, _stack(xp, outputs, reverse), lengths)
     if not save:
         return output, h, None
-    stacks = (_stack(xp, part, reverse) for part in (activated, recurrent, h_before))
-    return output, h, GRUSaved(*stacks, lengths, reverse)
+    parts = [_stack(xp, part, reverse) for part in (activated, recurrent, h_before)]
+    return output, h, GRUSaved(parts[0], parts[1], parts[2], lengths, reverse)
 
 
 def gru_backward(
@@ -276,10 +276,11 @@ def embedding_backward(d_rows: Array, index: Array, num_rows: int) -> Array:
     xp = namespace_of(d_rows)
     rows = xp.arange(num_rows, dtype=index.dtype, device=d_rows.device)
     total = xp.zeros((num_rows, d_rows.shape[1]), dtype=d_rows.dtype, device=d_rows.device)
-    block = max(1, _ONE_HOT_BLOCK // max(num_rows, 1))
-    for start in range(0, index.shape[0], block):
-        one_hot = rows[:, None] == index[None, start : start + block]
-        total = total + xp.astype(one_hot, d_rows.dtype) @ d_rows[start : start + block, :]
+    M, block = index.shape[0], max(1, _ONE_HOT_BLOCK // num_rows)
+    for start in range(0, M, block):
+        part = slice(start, min(start + block, M))
+        one_hot = rows[:, None] == index[None, part]
+        total = total + xp.astype(one_hot, d_rows.dtype) @ d_rows[part, :]
     return total
 
 
