@@ -268,7 +268,8 @@ class Sequences:
             chosen = order[start : start + batch_size]
             lengths = self.lengths[chosen]
             columns = namespace_of(self._tokens).take(self._tokens, self._asarray(chosen), axis=1)
-            inputs, targets = next_token_pair(columns[: int(lengths.max()) + 1, :])
+            T = int(lengths.max())
+            inputs, targets = columns[:T, :], columns[1 : T + 1, :]
             ragged = None if lengths.min() == lengths.max() else lengths
             yield Batch(inputs, targets, ragged, False, int(lengths.sum()))
 
@@ -309,7 +310,8 @@ class Stream:
     def batches(self, batch_size: int, seed: int | None = None, label: str = "") -> Iterator[Batch]:
         """Yield the windows in order; a stream has only one, whatever the seed."""
         for start in range(0, self._rows, self._window):
-            inputs, targets = next_token_pair(self._tokens[start : start + self._window + 1, :])
+            end = min(start + self._window, self._rows)
+            inputs, targets = self._tokens[start:end, :], self._tokens[start + 1 : end + 1, :]
             yield Batch(inputs, targets, None, start > 0, int(inputs.shape[0] * inputs.shape[1]))
 
     def num_batches(self, batch_size: int) -> int:
