@@ -42,21 +42,24 @@ def measure(cases: Sequence[Case], setting: Setting) -> Iterator[Record]:
 def _measure(problem: Problem, expected: dict[str, Any], threads: int, setting: Setting) -> Iterator[Record]:
     case, backend = problem.case, setting.backend
     refused = {kernel: ours.why_not(kernel, case, backend) for kernel in setting.kernels}
-    kernels = [ours.side_of(problem, kernel, backend) for kernel, reason in refused.items() if reason is None]
+    serving = [kernel for kernel, reason in refused.items() if reason is None]
+    kernels = [ours.side_of(problem, kernel, backend) for kernel in serving]
     others = [peers.side_of(peer, problem, threads) for peer in setting.peers if peers.takes_part(peer, case)]
     errors, failed = check([*kernels, *others], expected)
     busy = timing.busy_cores()
     right = [side for side in [*kernels, *others] if side.name not in failed]
-    times = _time(problem, [side.name for side in kernels if side in right], right, threads, setting)
+    timed = [kernel for kernel in serving if ours.name_of(kernel) not in failed]
+    times = _time(problem, timed, right, threads, setting)
     for kernel, reason in refused.items():
+        own = ours.name_of(kernel)
         opponents: list[str | None] = [side.name for side in others]
         for peer in opponents or [None]:
             record = _record(problem, kernel, peer, threads, times, backend)
-            record.update(max_error=finite(errors.get(kernel, float("inf"))), busy_cores=busy)
+            record.update(max_error=finite(errors.get(own, float("inf"))), busy_cores=busy)
             if reason is not None:
                 record.update(status="unsupported", reason=reason)
-            elif kernel in failed:
-                record.update(status="wrong", reason=failed[kernel])
+            elif own in failed:
+                record.update(status="wrong", reason=failed[own])
             elif peer in failed:
                 record.update(status="peer wrong", reason=failed[peer])
             yield record
@@ -96,15 +99,15 @@ def _padded(problem: Problem, kernels: Sequence[str], backend: str) -> list[Side
     return [side._replace(name=_padded_name(side.name)) for side in sides if side.name not in failed]
 
 
-def _padded_name(kernel: str) -> str:
-    return f"{kernel}, padded"
+def _padded_name(side: str) -> str:
+    return f"{side}, padded"
 
 
 def _record(
     problem: Problem, kernel: str, peer: str | None, threads: int, times: dict[str, Times], backend: str
 ) -> Record:
-    case, own, other = problem.case, times.get(kernel), times.get(peer or "")
-    padded = times.get(_padded_name(kernel))
+    case, name = problem.case, ours.name_of(kernel)
+    own, other, padded = times.get(name), times.get(peer or ""), times.get(_padded_name(name))
     rate = timing.ceiling_rate(times["ceiling"]) if times else None
     return {
         "backend": backend, "kernel": kernel, "default": ours.default_kernel(case, backend) == kernel,

@@ -70,7 +70,12 @@ def side_of(problem: Problem, kernel: str, backend: str = "numpy", dtype: str | 
     """
     make = _MAKERS[problem.case.operation]
     call, results = make(problem, backend, dtype or problem.case.dtype)
-    return Side(kernel, call, results, scope_of(kernel, backend))
+    return Side(name_of(kernel), call, results, scope_of(kernel, backend))
+
+
+def name_of(kernel: str) -> str:
+    """Return the name of a kernel's side: "torch" alone would be the peer."""
+    return f"rnnkit {kernel}"
 
 
 def expected(problem: Problem) -> dict[str, Host]:

@@ -28,7 +28,7 @@ class Side(NamedTuple):
     Attributes
     ----------
     name : str
-        "numba", "torch" and the like.
+        "rnnkit numba", "torch" and the like.
     call : callable
         What is timed; takes nothing.
     results : callable
@@ -92,8 +92,15 @@ def alternate(sides: Sequence[Side], effort: Effort, *, settle: bool) -> dict[st
     Returns
     -------
     dict of str to Times
+
+    Raises
+    ------
+    ValueError
+        Two sides have the same name.
     """
     samples: dict[str, list[float]] = {side.name: [] for side in sides}
+    if len(samples) < len(sides):
+        raise ValueError(f"sides must have different names, got {[side.name for side in sides]}")
     collecting = gc.isenabled()
     gc.disable()
     try:

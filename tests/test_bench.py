@@ -213,6 +213,24 @@ def test_sides_take_turns():
     assert times["a"].calls == turns.count("a") - 2
 
 
+def test_sides_of_the_same_name_are_refused():
+    sides = [timing.Side("a", list, dict)] * 2
+    with pytest.raises(ValueError, match="different names"):
+        timing.alternate(sides, timing.Effort(0.0, 1), settle=False)
+
+
+def test_a_kernel_and_a_peer_may_share_a_name(tiny, tmp_path):
+    pytest.importorskip("torch")
+    path = tmp_path / "grid.json"
+    argv = ["--quick", "--threads", "1", "--cells", "gru", "--operations", "forward", "--backend", "torch"]
+    assert grid.main([*argv, "--peers", "torch", "--json", str(path)]) == 0
+    for record in records.load(path)["records"]:
+        if record["status"] == "unsupported":
+            assert record["seconds"] is None
+        else:
+            assert record["seconds"] != record["peer_seconds"]
+
+
 def test_summary_of_samples():
     times = timing.summarise([1.0, 2.0, 3.0, 4.0, 100.0])
     assert times == timing.Times(3.0, pytest.approx(2.0 / 3.0), None, 5)
