@@ -72,7 +72,7 @@ class Problem(NamedTuple):
     Attributes
     ----------
     params : dict of str to array
-        With torch's names; of "lm" below ``embedding.``, ``layer.`` and ``linear.``.
+        With torch's names; of "lm" below ``embedding.``, ``rnn.`` and ``linear.``.
     x : array (T, B, I), or tokens (T, B)
     state : tuple of arrays (1, B, H)
         h_0, and c_0 of an LSTM. Not zero: zeros would hide a side that ignores them.
@@ -133,7 +133,7 @@ def problem_of(case: Case) -> Problem:
     state = tuple(0.5 * normal(1, B, H) for _ in range(2 if case.cell == "lstm" else 1))
     if case.operation == "lm":
         params = {"embedding.weight": normal(VOCABULARY, I)}
-        params |= {f"layer.{name}": value for name, value in layer.items()}
+        params |= {f"rnn.{name}": value for name, value in layer.items()}
         params |= uniform(
             1.0 / math.sqrt(H), [("linear.weight", (VOCABULARY, H)), ("linear.bias", (VOCABULARY,))]
         )

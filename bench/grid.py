@@ -53,6 +53,7 @@ def report(records: Sequence[Record]) -> str:
         "### Goals",
         goals.table_of(records),
     ]
+    parts += [warning] if (warning := tables.company(records)) else []
     problems = tables.problems(records)
     if problems:
         parts += ["### Not timed", problems]

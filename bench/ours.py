@@ -89,8 +89,7 @@ Made = tuple[Callable[[], Any], Callable[[Any], dict[str, Host]]]
 def _layer(problem: Problem, backend: str, dtype: str) -> Any:
     case = problem.case
     layer: Any = LAYERS[case.cell](case.I, case.H, backend=backend, dtype=dtype, seed=0)
-    layer.load_params({name.removeprefix("layer."): value for name, value in problem.params.items()
-                       if "." not in name or name.startswith("layer.")})  # fmt: skip
+    layer.load_params(problem.params)
     return layer
 
 
@@ -135,56 +134,29 @@ def _train(problem: Problem, backend: str, dtype: str) -> Made:
     return call, results
 
 
-class LanguageModelStep:
-    """One training step of embedding, layer, linear, cross-entropy and Adam, from rnnkit's parts.
-
-    Parameters
-    ----------
-    problem : Problem
-    backend, dtype : str
-    """
-
-    def __init__(self, problem: Problem, backend: str, dtype: str):
-        case = problem.case
-        where: dict[str, Any] = {"backend": backend, "dtype": dtype, "seed": 0}
-        self.embedding = rnnkit.Embedding(VOCABULARY, case.I, **where)
-        self.layer = _layer(problem, backend, dtype)
-        self.linear = rnnkit.Linear(case.H, VOCABULARY, **where)
-        self.embedding.load_params({"weight": problem.params["embedding.weight"]})
-        self.linear.load_params({name: problem.params[f"linear.{name}"] for name in ("weight", "bias")})
-        self.optimizers = [rnnkit.Adam(LM_LEARNING_RATE) for _ in range(3)]
-        self.tokens, self.targets = self.layer.asarray(problem.x), self.layer.asarray(problem.targets)
-        self.state = _state(problem, self.layer)
-
-    def __call__(self) -> tuple[Any, dict[str, Any]]:
-        """Return the loss before the step and the gradients by name."""
-        embedded, to_embedding = self.embedding.vjp(self.tokens)
-        (output, _), to_layer = self.layer.vjp(embedded, self.state)
-        logits, to_linear = self.linear.vjp(output)
-        loss, d_logits = rnnkit.softmax_cross_entropy(logits, self.targets)
-        linear = to_linear(d_logits)
-        layer = to_layer(linear.x)
-        embedding = to_embedding(layer.x)
-        parts = {"embedding": embedding.params, "layer": layer.params, "linear": linear.params}
-        for optimizer, (name, d_params) in zip(self.optimizers, parts.items(), strict=True):
-            optimizer.step(getattr(self, name).params, d_params)
-        return loss, parts
-
-
 def _lm(problem: Problem, backend: str, dtype: str) -> Made:
-    step = LanguageModelStep(problem, backend, dtype)
+    case = problem.case
+    model = rnnkit.LanguageModel(
+        VOCABULARY, case.H, case.cell, embedding_dim=case.I, backend=backend, dtype=dtype, seed=0
+    )
+    model.load_params(problem.params)
+    optimizer = rnnkit.Adam(LM_LEARNING_RATE)
+    tokens, targets, state = model.asarray(problem.x), model.asarray(problem.targets), _state(problem, model)
+
+    def call() -> Any:
+        (logits, _), pullback = model.vjp(tokens, state)
+        loss, d_logits = rnnkit.softmax_cross_entropy(logits, targets)
+        grads = pullback(d_logits).params
+        optimizer.step(model.params, grads)
+        return loss, grads
 
     def results(result: Any) -> dict[str, Host]:
-        loss, parts = result
-        named = {
-            f"d_{part}.{name}": rnnkit.to_numpy(value)
-            for part, params in parts.items()
-            for name, value in params.items()
-        }
-        losses = [loss] + [step()[0] for _ in range(CHECKED_LM_STEPS - 1)]
-        return {"losses": np.array([float(rnnkit.to_numpy(value)) for value in losses]), **named}
+        loss, grads = result
+        gradients = {f"d_{name}": rnnkit.to_numpy(value) for name, value in grads.items()}
+        losses = [loss] + [call()[0] for _ in range(CHECKED_LM_STEPS - 1)]
+        return {"losses": np.array([float(rnnkit.to_numpy(value)) for value in losses]), **gradients}
 
-    return step, results
+    return call, results
 
 
 _MAKERS: dict[str, Callable[[Problem, str, str], Made]] = {

@@ -66,10 +66,7 @@ def _torch_layer(problem: Problem) -> Any:
 
     case = problem.case
     layer = getattr(torch.nn, _LAYERS[case.cell])(case.I, case.H)
-    layer.load_state_dict({
-        name.removeprefix("layer."): torch.tensor(value) for name, value in problem.params.items()
-        if "." not in name or name.startswith("layer.")
-    })  # fmt: skip
+    layer.load_state_dict({name: torch.tensor(value) for name, value in problem.params.items()})
     return layer
 
 
@@ -140,7 +137,7 @@ def _torch_lm(problem: Problem) -> Made:
     case = problem.case
     parts = torch.nn.ModuleDict({
         "embedding": torch.nn.Embedding(VOCABULARY, case.I),
-        "layer": _torch_layer(problem),
+        "rnn": getattr(torch.nn, _LAYERS[case.cell])(case.I, case.H),
         "linear": torch.nn.Linear(case.H, VOCABULARY),
     })  # fmt: skip
     parts.load_state_dict({name: torch.tensor(value) for name, value in problem.params.items()})
@@ -149,7 +146,7 @@ def _torch_lm(problem: Problem) -> Made:
 
     def call() -> Any:
         optimizer.zero_grad()
-        logits = parts["linear"](parts["layer"](parts["embedding"](tokens), state)[0])
+        logits = parts["linear"](parts["rnn"](parts["embedding"](tokens), state)[0])
         loss = torch.nn.functional.cross_entropy(logits.view(-1, VOCABULARY), targets.reshape(-1))
         loss.backward()
         optimizer.step()

@@ -56,15 +56,16 @@ def conditions(records: Sequence[Record]) -> str:
     record = records[0]
     shown = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     dtype = f"; {record['dtype']}" if "dtype" in record else ""
-    return f"{record['processor']}; {shown}{dtype}.{_company(records)}"
+    return f"{record['processor']}; {shown}{dtype}. {company(records)}".rstrip()
 
 
-def _company(records: Sequence[Record]) -> str:
+def company(records: Sequence[Record]) -> str:
+    """Return a warning when other processes kept the machine busy during a run, else an empty string."""
     busy = [record["busy_cores"] for record in records if record.get("busy_cores") is not None]
     if not busy or max(busy) < BUSY:
         return ""
     return (
-        f" **Other processes kept up to {max(busy):.1f} cores busy during this run: "
+        f"**Other processes kept up to {max(busy):.1f} cores busy during this run: "
         "read its times, and most of all those of several threads, with care.**"
     )
 
