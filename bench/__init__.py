@@ -13,6 +13,7 @@ are right, `timing` how long it takes, `records` how that is written down; `goal
 `pictures` read records.
 
 The wheel carries this package as ``rnnkit.bench``, without the suite and the results, so that ``rnnkit
-bench`` works where rnnkit is only installed. Hence all imports in here are relative, and nothing outside
-pytest's files imports pytest.
+bench`` works where rnnkit is only installed; in a checkout it is ``bench``. Hence all imports in here are
+relative, and nothing outside pytest's files imports pytest. Whoever runs the grid from rnnkit tries the one
+name, then the other, and calls ``grid.main(["--quick", ...])``, which returns the exit status.
 """

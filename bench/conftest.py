@@ -13,12 +13,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-threads", type=int, default=1, help="rnnkit: threads of all sides (default: 1)")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    count: int = config.getoption("--bench-threads")
+    if not 1 <= count <= timing.cores():
+        raise pytest.UsageError(f"--bench-threads must be from 1 to {timing.cores()}, got {count}")
+
+
 @pytest.fixture(scope="session")
 def num_threads(request: pytest.FixtureRequest) -> int:
     """Return the number of threads of all sides."""
     count: int = request.config.getoption("--bench-threads")
-    if not 1 <= count <= timing.cores():
-        raise pytest.UsageError(f"--bench-threads must be from 1 to {timing.cores()}, got {count}")
     return count
 
 
