@@ -301,7 +301,7 @@ def _cupy(device: str) -> Backend:
     if not cupy.cuda.is_available():
         raise BackendUnavailableError(
             f'backend "{name}" needs an NVIDIA GPU, and CuPy {cupy.__version__} finds none: '
-            "check the driver with nvidia-smi, or use backend=\"numpy\""
+            'check the driver with nvidia-smi, or use backend="numpy"'
         )
     count = cupy.cuda.runtime.getDeviceCount()
     if device and int(device) >= count:

@@ -1,8 +1,9 @@
-"""The command `rnnkit`: compare, train, generate, info."""
+"""The command `rnnkit`: compare, train, generate, bench, info."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -41,7 +42,10 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 1 for a failure, 2 for a wrong argument."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, args_of_grid = parser.parse_known_args(argv)
+    if args_of_grid and args.command != "bench":
+        parser.error(f"unrecognized arguments: {' '.join(args_of_grid)}")
+    args.grid_arguments = args_of_grid
     try:
         status: int = args.run(args)
         return status
@@ -145,6 +149,20 @@ def _generate(args: argparse.Namespace) -> int:
     separator = "" if characters else " "
     print(separator.join([*prompt, *new]))
     return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    try:
+        try:
+            grid: Any = importlib.import_module("rnnkit.bench.grid")  # installed
+        except ModuleNotFoundError as error:
+            if error.name not in ("rnnkit.bench", "rnnkit.bench.grid"):
+                raise
+            grid = importlib.import_module("bench.grid")  # a checkout, run from its root
+    except ModuleNotFoundError as error:
+        raise ImportError(f'rnnkit bench needs {error.name}: pip install "rnnkit[bench]"') from None
+    status: int = grid.main(["--quick", *args.grid_arguments])
+    return status
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -309,6 +327,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=_at_least(0), help="fixes the drawing")
     sub.add_argument(
         "--backend", help="numpy, cupy, cupy:1, torch, torch:cuda (default: RNNKIT_BACKEND or numpy)"
+    )
+
+    sub = command(
+        "bench",
+        _bench,
+        "time this machine: rnnkit against torch and ONNX Runtime on the quick grid",
+        "  rnnkit bench\n  rnnkit bench --threads 1 --cells lstm --operations forward,train\n"
+        "  rnnkit bench --json here.json\n\n"
+        "All options of python -m rnnkit.bench.grid, which shows them with --help, are taken here.",
     )
 
     sub = command(

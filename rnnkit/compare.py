@@ -153,9 +153,7 @@ def compare(
         "largest_validation_difference_to_torch": difference,
     }
     curves = {name: Curve(history.train_loss, history.validation_loss) for name, history in histories.items()}
-    title = (
-        f"a^n b^n EOS, n = 1..{max_n}: {len(parts['train'])} training sequences, hidden size {hidden_size}"
-    )
+    title = rf"$a^n b^n$, n = 1..{max_n}: {len(parts['train'])} training sequences, hidden size {hidden_size}"
     plot_losses(curves, folder / "loss.png", floor=floors["validation"], title=title)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
     (folder / _UNFINISHED).unlink(missing_ok=True)

@@ -64,9 +64,10 @@ def plot_losses(
             axes.plot(epochs, curve.train, color=colour, label=name, **style)
     if floor is not None:
         axes.axhline(floor, color="0.35", linewidth=1.0)
+        # At the left, where no curve has come down to it yet.
         axes.annotate(
-            f"entropy floor {floor:.4f}", (1.0, floor), xycoords=("axes fraction", "data"),
-            xytext=(-4, -4), textcoords="offset points", ha="right", va="top", color="0.35", fontsize=9,
+            f"entropy floor {floor:.4f}", (0.0, floor), xycoords=("axes fraction", "data"),
+            xytext=(6, -4), textcoords="offset points", ha="left", va="top", color="0.35", fontsize=9,
         )  # fmt: skip
         axes.set_ylim(bottom=floor * 0.85)
     axes.set_yscale("log")

@@ -78,7 +78,7 @@ def test_cupy_without_a_device(monkeypatch):
 
 def test_cupy_device_that_is_not_there(monkeypatch):
     fake_cupy(monkeypatch, available=True, count=2)
-    with pytest.raises(rnnkit.BackendUnavailableError, match="cupy:2.*finds 2"):
+    with pytest.raises(rnnkit.BackendUnavailableError, match=r"cupy:2.*finds 2"):
         lstm(backend="cupy:2")
 
 

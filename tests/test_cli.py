@@ -92,10 +92,10 @@ def test_a_killed_comparison_goes_on(tmp_path):
     assert rest.returncode == 0, rest.stderr
     if (tmp_path / "cut" / "rnn" / "history.json").read_bytes() != finished:
         pytest.fail("a finished model was trained again")
-    losses = [
-        {name: model["loss"] for name, model in json.loads((tmp_path / d / "metrics.json").read_text())["models"].items()}
-        for d in ("whole", "cut")
-    ]  # fmt: skip
+    losses = []
+    for folder in ("whole", "cut"):
+        models = json.loads((tmp_path / folder / "metrics.json").read_text())["models"]
+        losses.append({name: model["loss"] for name, model in models.items()})
     assert losses[0] == losses[1]
 
 
@@ -117,7 +117,8 @@ def test_train_and_generate_on_a_text(tmp_path):
     for level, prompt in (("char", "the "), ("word", "the cat")):
         out = tmp_path / level
         result = run(
-            "train", "--data", text, "--level", level, "--embedding-dim", 8, "--hidden-size", 24, "--epochs", 30,
+            "train", "--data", text, "--level", level, "--embedding-dim", 8, "--hidden-size", 24,
+            "--epochs", 30,
             "--lr", 0.02, "--batch-size", 4, "--window", 16, "--cell", "gru", "--no-progress", "--out", out,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr

@@ -288,7 +288,7 @@ def test_divergence_is_an_error(counting):
     model = rnnkit.LanguageModel(len(vocabulary), 4)
     model.params["linear.bias"][0] = np.nan
     with (
-        pytest.raises(FloatingPointError, match="the loss became nan in epoch 1.*smaller learning rate"),
+        pytest.raises(FloatingPointError, match=r"the loss became nan in epoch 1.*smaller learning rate"),
         np.errstate(all="ignore"),
     ):
         rnnkit.fit(model, sequences, epochs=2, batch_size=8, progress=False)
@@ -378,7 +378,8 @@ def test_a_killed_process_loses_nothing(counting, tmp_path):
         sequences = rnnkit.counting_language(20, 5, seed=1)
         v = rnnkit.Vocabulary(sequences)
         model = rnnkit.LanguageModel(len(v), 8, seed=0)
-        rnnkit.fit(model, [v.encode(s) for s in sequences], epochs=4, batch_size=8, checkpoint=folder, progress=False)
+        data = [v.encode(s) for s in sequences]
+        rnnkit.fit(model, data, epochs=4, batch_size=8, checkpoint=folder, progress=False)
         print(repr(model.params.flat.tobytes()))
         """
     )

@@ -84,9 +84,7 @@ def rnn_forward(
     return _zero_padding(xp, all_h, lengths), h, saved
 
 
-def rnn_backward(
-    saved: RNNSaved, weight_hh: Array, d_output: Array, d_h_n: Array
-) -> tuple[Array, Array]:
+def rnn_backward(saved: RNNSaved, weight_hh: Array, d_output: Array, d_h_n: Array) -> tuple[Array, Array]:
     """Return d_gates (T, B, H) and d_h_0 (B, H)."""
     xp = namespace_of(d_output)
     dtype = _accumulation(xp, d_output.dtype)
