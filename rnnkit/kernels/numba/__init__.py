@@ -27,13 +27,48 @@ try:
 except ImportError as error:
     _missing = f'needs numba, which cannot be imported ({error}): pip install "rnnkit[cpu]"'
 
+if _missing is None:
+
+    class _Announcement(event.Listener):  # type: ignore[misc]
+        """Says once that code is being compiled, so that nobody takes the seconds for a hang."""
+
+        _made = False
+
+        def on_start(self, event: Any) -> None:
+            function = getattr(event.data["dispatcher"], "py_func", None)
+            if self._made or not getattr(function, "__module__", "").startswith(__name__):
+                return
+            type(self)._made = True
+            message = "rnnkit compiles its CPU kernels: once for this machine, some seconds for each kind of layer"
+            logging.getLogger("rnnkit").info(message)
+            if sys.stderr is not None and sys.stderr.isatty():
+                print(message, file=sys.stderr)
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    event.register("numba:compile", _Announcement())
+
 Float = np.ndarray[Any, np.dtype[Any]]
 Index = np.ndarray[Any, np.dtype[np.int64]]
 
-_NO_LENGTHS = np.empty(0, np.int64)
-
 # Multiplications below which another thread costs more than it saves: @@.
 _SMALL = 1_000_000
+
+
+def warmup() -> None:
+    """Compile all functions, or load what was compiled before: float32 and float64, every cell."""
+    for dtype in (np.float32, np.float64):
+        state = np.zeros((1, 1), dtype)
+        gates = {count: np.zeros((1, 1, count), dtype) for count in (1, 3, 4)}
+        weight = {count: np.zeros((count, 1), dtype) for count in (1, 3, 4)}
+        *_, lstm = lstm_forward(gates[4], state, state, weight[4])
+        *_, gru = gru_forward(gates[3], state, weight[3])
+        *_, rnn = rnn_forward(gates[1], state, weight[1])
+        assert lstm is not None and gru is not None and rnn is not None
+        lstm_backward(lstm, weight[4], gates[1], state, state)
+        gru_backward(gru, weight[3], gates[1], state)
+        rnn_backward(rnn, weight[1], gates[1], state)
 
 
 def why_not(name: str, case: Case) -> str | None:
@@ -176,19 +211,21 @@ class _Tiles:
     """How the batch is cut: into equal shares of the sequences, each with the same mix of lengths."""
 
     def __init__(self, T: int, B: int, H: int, columns: int, lengths: Index | None):
-        self._lengths = _NO_LENGTHS if lengths is None else lengths
-        steps = T * B if lengths is None else int(lengths.sum())
-        self._threads = min(thread_limit(), B) if steps * H * columns > _SMALL else 1
+        work = (T * B if lengths is None else int(lengths.sum())) * H * columns
+        self._threads = min(thread_limit(), B) if work > _SMALL else 1
         tiles = min(self._threads, B)
-        order = np.arange(B) if lengths is None else np.argsort(-lengths, kind="stable")
         if lengths is None:
+            order = np.arange(B)
             self._orders = [order[B * k // tiles : B * (k + 1) // tiles] for k in range(tiles)]
+            self._steps = [np.full(part.size, T) for part in self._orders]
         else:
-            self._orders = [np.ascontiguousarray(order[k::tiles]) for k in range(tiles)]
+            order = np.argsort(-lengths, kind="stable")
+            self._orders = [order[k::tiles].copy() for k in range(tiles)]
+            self._steps = [lengths[part] for part in self._orders]
 
     def run(self, scan: Any, *args: Any) -> None:
         """Run the compiled scan on all tiles."""
-        run_tiles(lambda k: scan(self._orders[k], self._lengths, *args), len(self._orders), self._threads)
+        run_tiles(lambda k: scan(self._orders[k], self._steps[k], *args), len(self._orders), self._threads)
 
 
 def _flat(*arrays: Float) -> list[Float]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from ._simd import ROWS, dot_block, lanes, load_part, store, store_part
+from ._simd import ROWS, dot_block, lanes, load_part, store, transpose
 
 # Without the interpreter's lock, so that tiles run side by side; no checks, as every index is a sum of loops.
 compiled = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
@@ -29,15 +29,15 @@ def pack_forward(weight: Any, gates: int, H: int, panels: Any) -> None:
     for first in range(0, H, U):
         n = min(U, H - first)
         for gate in range(gates):
-            for k in range(0, H, 16):  # a square at a time: both sides stay in L1
-                depth = min(16, H - k)
-                for u in range(n):
-                    row = (gate * H + first + u) * H + k
-                    for i in range(depth):
-                        panels[at + (k + i) * U + u] = weight[row + i]
-                for u in range(n, U):
-                    for i in range(depth):
-                        panels[at + (k + i) * U + u] = 0.0
+            row = (gate * H + first) * H
+            k = 0
+            if n == U:
+                while k + U <= H:
+                    transpose(weight, row + k, H, panels, at + k * U)
+                    k += U
+            for i in range(k, H):
+                for u in range(U):
+                    panels[at + i * U + u] = weight[row + u * H + i] if u < n else 0.0
             at += H * U
 
 
@@ -100,15 +100,6 @@ def product(
                     z, z_at + p * z_stride + row * U, z_stride, fresh and k == 0,
                 )  # fmt: skip
                 row += n
-
-
-@compiled  # type: ignore[untyped-decorator]
-def steps_of(order: Any, lengths: Any, T: int) -> Any:
-    """Return the number of steps of the sequences of a tile; no `lengths` means T for all."""
-    steps = np.empty(order.size, np.int64)
-    for r in range(order.size):
-        steps[r] = lengths[order[r]] if lengths.size else T
-    return steps
 
 
 @compiled  # type: ignore[untyped-decorator]

@@ -1,8 +1,7 @@
 """The compiled scans: one tile of the batch, from its first time step to its last.
 
 The maths is that of `rnnkit.kernels.reference`, in its order. Every function takes the tile's sequences
-as `order` (indices into the batch, longest first) and all arrays flat; `lengths` is empty if there are
-none. A tile reads and writes only rows of its own sequences, so tiles may run at the same time.
+as `order` (indices into the batch, longest first) and `steps` (how many each has); all arrays are flat. A tile reads and writes only rows of its own sequences, so tiles may run at the same time.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from ._pieces import (
     row_stride,
     rows_to_blocks,
     states_of,
-    steps_of,
     still_active,
 )
 from ._simd import lanes, load, load_part, store, store_part, tanh, where_positive
@@ -28,13 +26,12 @@ from ._simd import lanes, load, load_part, store, store_part, tanh, where_positi
 
 @compiled  # type: ignore[untyped-decorator]
 def lstm_forward(
-    order: Any, lengths: Any, gates: Any, h_0: Any, c_0: Any, panels: Any, output: Any, h_n: Any, c_n: Any,
+    order: Any, steps: Any, gates: Any, h_0: Any, c_0: Any, panels: Any, output: Any, h_n: Any, c_n: Any,
     c_prev: Any, T: int, B: int, H: int, reverse: bool, save: bool,
 ) -> None:  # fmt: skip
     """Compute output, h_n, c_n; with `save` also c_prev, and gates after their nonlinearity, in place."""
     U, b = lanes(gates), order.size
     blocks, stride = (H + U - 1) // U, row_stride(H, U)
-    steps = steps_of(order, lengths, T)
     clear_padding(output, order, steps, T, B, H)
     h = states_of(h_0, order, H, stride)
     c = np.empty(blocks * b * U, gates.dtype)
@@ -73,13 +70,12 @@ def lstm_forward(
 
 @compiled  # type: ignore[untyped-decorator]
 def lstm_backward(
-    order: Any, lengths: Any, gates: Any, c_prev: Any, d_output: Any, d_h_n: Any, d_c_n: Any, panels: Any,
+    order: Any, steps: Any, gates: Any, c_prev: Any, d_output: Any, d_h_n: Any, d_c_n: Any, panels: Any,
     d_h_0: Any, d_c_0: Any, T: int, B: int, H: int, reverse: bool,
 ) -> None:  # fmt: skip
     """Turn the saved gates into d_gates, in place; compute d_h_0 and d_c_0."""
     U, b = lanes(gates), order.size
     blocks, stride = (H + U - 1) // U, row_stride(4 * H, U)
-    steps = steps_of(order, lengths, T)
     clear_padding(gates, order, steps, T, B, 4 * H)
     d_h, d_c = np.empty(blocks * b * U, gates.dtype), np.empty(blocks * b * U, gates.dtype)
     rows_to_blocks(d_h_n, order, H, d_h)
@@ -120,13 +116,12 @@ def lstm_backward(
 
 @compiled  # type: ignore[untyped-decorator]
 def gru_forward(
-    order: Any, lengths: Any, gates: Any, h_0: Any, bias_hn: Any, panels: Any, output: Any, h_n: Any,
+    order: Any, steps: Any, gates: Any, h_0: Any, bias_hn: Any, panels: Any, output: Any, h_n: Any,
     recurrent_n: Any, T: int, B: int, H: int, reverse: bool, save: bool,
 ) -> None:  # fmt: skip
     """Compute output, h_n; with `save` also recurrent_n, and gates after their nonlinearity, in place."""
     U, b = lanes(gates), order.size
     blocks, stride = (H + U - 1) // U, row_stride(H, U)
-    steps = steps_of(order, lengths, T)
     clear_padding(output, order, steps, T, B, H)
     h = states_of(h_0, order, H, stride)
     z = np.empty(3 * b * U, gates.dtype)
@@ -159,13 +154,12 @@ def gru_forward(
 
 @compiled  # type: ignore[untyped-decorator]
 def gru_backward(
-    order: Any, lengths: Any, gates: Any, recurrent_n: Any, h_0: Any, output: Any, d_output: Any, d_h_n: Any,
+    order: Any, steps: Any, gates: Any, recurrent_n: Any, h_0: Any, output: Any, d_output: Any, d_h_n: Any,
     panels: Any, d_h_0: Any, T: int, B: int, H: int, reverse: bool,
 ) -> None:  # fmt: skip
     """Turn the saved gates and recurrent_n into d_gates and d_recurrent_n, in place; compute d_h_0."""
     U, b = lanes(gates), order.size
     blocks, stride = (H + U - 1) // U, row_stride(3 * H, U)
-    steps = steps_of(order, lengths, T)
     clear_padding(gates, order, steps, T, B, 3 * H)
     clear_padding(recurrent_n, order, steps, T, B, H)
     d_h = np.empty(blocks * b * U, gates.dtype)
@@ -207,13 +201,12 @@ def gru_backward(
 
 @compiled  # type: ignore[untyped-decorator]
 def rnn_forward(
-    order: Any, lengths: Any, gates: Any, h_0: Any, panels: Any, output: Any, h_n: Any, T: int, B: int,
+    order: Any, steps: Any, gates: Any, h_0: Any, panels: Any, output: Any, h_n: Any, T: int, B: int,
     H: int, relu: bool, reverse: bool,
 ) -> None:  # fmt: skip
     """Compute output and h_n."""
     U, b = lanes(gates), order.size
     blocks, stride = (H + U - 1) // U, row_stride(H, U)
-    steps = steps_of(order, lengths, T)
     clear_padding(output, order, steps, T, B, H)
     h = states_of(h_0, order, H, stride)
     z = np.empty(4 * b * U, gates.dtype)
@@ -238,13 +231,12 @@ def rnn_forward(
 
 @compiled  # type: ignore[untyped-decorator]
 def rnn_backward(
-    order: Any, lengths: Any, output: Any, d_output: Any, d_h_n: Any, panels: Any, d_gates: Any, d_h_0: Any,
+    order: Any, steps: Any, output: Any, d_output: Any, d_h_n: Any, panels: Any, d_gates: Any, d_h_0: Any,
     T: int, B: int, H: int, relu: bool, reverse: bool,
 ) -> None:  # fmt: skip
     """Compute d_gates and d_h_0."""
     U, b = lanes(d_gates), order.size
     blocks, stride = (H + U - 1) // U, row_stride(H, U)
-    steps = steps_of(order, lengths, T)
     clear_padding(d_gates, order, steps, T, B, H)
     d_h = np.empty(blocks * b * U, d_gates.dtype)
     rows_to_blocks(d_h_n, order, H, d_h)
