@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from ._simd import ROWS, dot_block, lanes, load_part, store, transpose
+from ._simd import ROWS, dot_block, lanes, load_part, prefetch, store, transpose
 
 # Without the interpreter's lock, so that tiles run side by side; no checks, as every index is a sum of loops.
 compiled = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
@@ -168,3 +168,15 @@ def final_states(h: Any, order: Any, steps: Any, reverse: bool, H: int, stride: 
 def row_stride(N: int, U: int) -> int:
     """Return a distance for rows of N: no power of two, which would put all rows into one set of a cache."""
     return (N + U - 1) // U * U + U
+
+
+@compiled  # type: ignore[untyped-decorator]
+def prefetch_rows(array: Any, at: int, order: Any, active: int, stride: int, parts: int, part: int) -> None:
+    """Bring near array[at + order[r] * stride + k * part] for r < active, k < parts, while a product runs.
+
+    Rows lie far apart, so that the processor does not foresee them: @@
+    """
+    for r in range(active):
+        here = at + order[r] * stride
+        for k in range(parts):
+            prefetch(array, here + k * part)

@@ -15,6 +15,7 @@ from ._pieces import (
     clear_padding,
     compiled,
     final_states,
+    prefetch_rows,
     product,
     row_stride,
     rows_to_blocks,
@@ -43,8 +44,13 @@ def lstm_forward(
         active = still_active(active, steps, t)
         now, new = (step % 2) * b * stride, (1 - step % 2) * b * stride
         for j in range(blocks):
-            product(h, now, stride, active, panels, j * 4 * H * U, H, 4, z, 0, b * U, True)
             n = min(U, H - j * U)
+            last = j * U + n - 1
+            prefetch_rows(gates, t * B * 4 * H + last, order, active, 4 * H, 4, H)
+            prefetch_rows(output, t * B * H + last, order, active, H, 1, 0)
+            if save:
+                prefetch_rows(c_prev, t * B * H + last, order, active, H, 1, 0)
+            product(h, now, stride, active, panels, j * 4 * H * U, H, 4, z, 0, b * U, True)
             for r in range(active):
                 row = t * B + order[r]
                 at, to = row * 4 * H + j * U, row * H + j * U
@@ -131,8 +137,13 @@ def gru_forward(
         active = still_active(active, steps, t)
         now, new = (step % 2) * b * stride, (1 - step % 2) * b * stride
         for j in range(blocks):
-            product(h, now, stride, active, panels, j * 3 * H * U, H, 3, z, 0, b * U, True)
             n = min(U, H - j * U)
+            last = j * U + n - 1
+            prefetch_rows(gates, t * B * 3 * H + last, order, active, 3 * H, 3, H)
+            prefetch_rows(output, t * B * H + last, order, active, H, 1, 0)
+            if save:
+                prefetch_rows(recurrent_n, t * B * H + last, order, active, H, 1, 0)
+            product(h, now, stride, active, panels, j * 3 * H * U, H, 3, z, 0, b * U, True)
             bias = load_part(bias_hn, j * U, n)
             for r in range(active):
                 row = t * B + order[r]
@@ -217,6 +228,9 @@ def rnn_forward(
         now, new = (step % 2) * b * stride, (1 - step % 2) * b * stride
         for first in range(0, blocks, 4):  # four blocks at a time, like the four gates of an LSTM
             group = min(4, blocks - first)
+            last = min((first + group) * U, H) - 1
+            prefetch_rows(gates, t * B * H + last, order, active, H, 1, 0)
+            prefetch_rows(output, t * B * H + last, order, active, H, 1, 0)
             product(h, now, stride, active, panels, first * H * U, H, group, z, 0, b * U, True)
             for r in range(active):
                 row = (t * B + order[r]) * H

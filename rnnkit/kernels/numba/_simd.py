@@ -238,6 +238,21 @@ def transpose(typing: Any, source: Any, at: Any, stride: Any, target: Any, to: A
     return types.void(source, i64, i64, target, i64), lower
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(typing: Any, array: Any, at: Any) -> Any:
+    """Ask for the cache line of array[at], which must exist, to be brought near."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        i32, address = ir.IntType(32), _address(context, builder, sig.args[0], *args)
+        address = builder.bitcast(address, ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [address.type, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [address, i32(0), i32(3), i32(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), lower
+
+
 # ------------------------------------------------------------------------------------------- functions
 
 # tanh in float32 as an odd rational function on [-7.9, 7.9], where it is 1 to the last bit: Eigen's
