@@ -241,7 +241,7 @@ def _empty_panels(count: int, K: int, H: int, dtype: np.dtype[Any]) -> Float:
     lanes = 2 * REGISTER_BYTES // dtype.itemsize
     size = count * K * -(-H // lanes) * lanes
     room = np.empty(size + 64 // dtype.itemsize, dtype)
-    skip = -room.ctypes.data % 64 // dtype.itemsize
+    skip = -room.__array_interface__["data"][0] % 64 // dtype.itemsize  # .ctypes.data takes 2 us
     return room[skip : skip + size]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from ._simd import ROWS, dot_block, lanes, load_part, prefetch, store, transpose
+from ._simd import ROWS, dot_block, lanes, load, load_part, prefetch, store, transpose
 
 # Without the interpreter's lock, so that tiles run side by side; no checks, as every index is a sum of loops.
 compiled = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
@@ -25,19 +25,22 @@ DEPTH = 256
 def pack_forward(weight: Any, gates: int, H: int, panels: Any) -> None:
     """Pack the transpose of weight (gates * H, H): for each block the panels (H, lanes) of all its gates."""
     U = lanes(weight)
+    square = np.empty(2 * U * U, weight.dtype)
     at = 0
     for first in range(0, H, U):
         n = min(U, H - first)
         for gate in range(gates):
             row = (gate * H + first) * H
-            k = 0
-            if n == U:
-                while k + U <= H:
+            for k in range(0, H, U):
+                depth = min(U, H - k)
+                if n == U and depth == U:
                     transpose(weight, row + k, H, panels, at + k * U)
-                    k += U
-            for i in range(k, H):
+                    continue
                 for u in range(U):
-                    panels[at + i * U + u] = weight[row + u * H + i] if u < n else 0.0
+                    store(square, u * U, load_part(weight, row + u * H + k if u < n else 0, depth if u < n else 0))
+                transpose(square, 0, U, square, U * U)
+                for i in range(depth):
+                    store(panels, at + (k + i) * U, load(square, (U + i) * U))
             at += H * U
 
 
