@@ -19,9 +19,9 @@ from .._case import Case
 try:
     from numba.core import event
 
-    from . import _pieces, _scans
+    from . import _pieces, _scans, _team
     from ._simd import REGISTER_BYTES
-    from ._threads import run_tiles, thread_limit
+    from ._threads import helped, run_tiles, thread_limit
 
     _missing: str | None = None
 except ImportError as error:
@@ -47,6 +47,7 @@ if _missing is None:
         def on_end(self, event: Any) -> None:
             pass
 
+    _NO_TEAM = np.empty(0, np.int64)
     event.register("numba:compile", _Announcement())
 
 Float = np.ndarray[Any, np.dtype[Any]]
@@ -54,6 +55,8 @@ Index = np.ndarray[Any, np.dtype[np.int64]]
 
 # Multiplications below which another thread costs more than it saves: @@.
 _SMALL = 1_000_000
+_SMALL_STEP = 100_000
+
 
 
 def warmup() -> None:
@@ -208,12 +211,19 @@ def gru_backward(
 
 
 class _Tiles:
-    """How the batch is cut: into equal shares of the sequences, each with the same mix of lengths."""
+    """How the work is cut: into equal shares of the sequences, each with the same mix of lengths.
+
+    If there are fewer sequences than threads, into shares of the hidden units instead.
+    """
 
     def __init__(self, T: int, B: int, H: int, columns: int, lengths: Index | None):
         work = (T * B if lengths is None else int(lengths.sum())) * H * columns
-        self._threads = min(thread_limit(), B) if work > _SMALL else 1
-        tiles = min(self._threads, B)
+        self._threads = thread_limit() if work > _SMALL else 1
+        self._helpers = 0
+        if B < self._threads and B * H * columns > _SMALL_STEP and _team.POSSIBLE:
+            blocks = -(-H // (2 * REGISTER_BYTES // 8))
+            self._helpers = min(self._threads, blocks) - 1
+        tiles = 1 if self._helpers and B else min(self._threads, B)
         if lengths is None:
             order = np.arange(B)
             self._orders = [order[B * k // tiles : B * (k + 1) // tiles] for k in range(tiles)]
@@ -222,10 +232,20 @@ class _Tiles:
             order = np.argsort(-lengths, kind="stable")
             self._orders = [order[k::tiles].copy() for k in range(tiles)]
             self._steps = [lengths[part] for part in self._orders]
+        self._room = B * (columns + 128) * 2
 
     def run(self, scan: Any, *args: Any) -> None:
         """Run the compiled scan on all tiles."""
-        run_tiles(lambda k: scan(self._orders[k], self._steps[k], *args), len(self._orders), self._threads)
+        if not self._helpers:
+            run_tiles(
+                lambda k: scan(self._orders[k], self._steps[k], *args, _NO_TEAM, args[2][:0], True),
+                len(self._orders), self._threads,
+            )  # fmt: skip
+            return
+        team, shared = _team.new_team(self._helpers), np.empty(self._room, args[2].dtype)
+        given = (self._orders[0], self._steps[0], *args, team, shared)
+        with helped(self._helpers, lambda: scan(*given, False), lambda: _team.dissolve(team)):
+            scan(*given, True)
 
 
 def _flat(*arrays: Float) -> list[Float]:

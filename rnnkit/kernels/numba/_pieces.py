@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from ._simd import ROWS, dot_block, lanes, load, load_part, prefetch, store, transpose
+from ._simd import ROWS, dot_block, lanes, load, load_part, prefetch, store, store_part, transpose
 
 # Without the interpreter's lock, so that tiles run side by side; no checks, as every index is a sum of loops.
 compiled = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
@@ -136,34 +136,34 @@ def rows_to_blocks(array: Any, order: Any, H: int, blocks: Any) -> None:
 
 
 @compiled  # type: ignore[untyped-decorator]
-def blocks_to_rows(blocks: Any, order: Any, H: int, array: Any) -> None:
-    """Copy blocks (., rows, lanes) into rows of array (B, H)."""
+def blocks_to_rows(blocks: Any, order: Any, H: int, low: int, high: int, array: Any) -> None:
+    """Copy the blocks low to high of (., rows, lanes) into rows of array (B, H)."""
     U, rows = lanes(array), order.size
     for r in range(rows):
-        for j in range((H + U - 1) // U):
-            for u in range(min(U, H - j * U)):
-                array[order[r] * H + j * U + u] = blocks[(j * rows + r) * U + u]
+        for j in range(low, high):
+            n = min(U, H - j * U)
+            store_part(array, order[r] * H + j * U, load(blocks, (j * rows + r) * U), n)
 
 
 @compiled  # type: ignore[untyped-decorator]
-def states_of(h_0: Any, order: Any, H: int, stride: int) -> Any:
-    """Return two copies of the rows of h_0 (B, H), `stride` apart: h before and after a step, in turns."""
+def put_states(h_0: Any, order: Any, H: int, stride: int, h: Any) -> None:
+    """Copy rows of h_0 (B, H) into both halves of h: they hold h before and after a step, in turns."""
     rows = order.size
-    h = np.zeros(2 * rows * stride, h_0.dtype)
     for r in range(rows):
         for k in range(H):
             h[r * stride + k] = h[(rows + r) * stride + k] = h_0[order[r] * H + k]
-    return h
 
 
 @compiled  # type: ignore[untyped-decorator]
-def final_states(h: Any, order: Any, steps: Any, reverse: bool, H: int, stride: int, h_n: Any) -> None:
-    """Copy each sequence's last state into h_n (B, H): it is in the buffer where its last step left it."""
+def final_states(
+    h: Any, order: Any, steps: Any, reverse: bool, H: int, stride: int, low: int, high: int, h_n: Any
+) -> None:
+    """Copy units low to high of each sequence's last state into h_n (B, H), from where its last step left it."""
     rows = order.size
     for r in range(rows):
         last = steps[0] if reverse else steps[r]
         at = ((last % 2) * rows + r) * stride
-        for k in range(H):
+        for k in range(low, min(high, H)):
             h_n[order[r] * H + k] = h[at + k]
 
 

@@ -19,22 +19,30 @@ from ._pieces import (
     product,
     row_stride,
     rows_to_blocks,
-    states_of,
+    put_states,
     still_active,
 )
+from ._team import join, meet
 from ._simd import lanes, load, load_part, store, store_part, tanh, where_positive
 
 
 @compiled  # type: ignore[untyped-decorator]
 def lstm_forward(
     order: Any, steps: Any, gates: Any, h_0: Any, c_0: Any, panels: Any, output: Any, h_n: Any, c_n: Any,
-    c_prev: Any, T: int, B: int, H: int, reverse: bool, save: bool,
+    c_prev: Any, T: int, B: int, H: int, reverse: bool, save: bool, team: Any, shared: Any,
+    leader: bool,
 ) -> None:  # fmt: skip
     """Compute output, h_n, c_n; with `save` also c_prev, and gates after their nonlinearity, in place."""
     U, b = lanes(gates), order.size
     blocks, stride = (H + U - 1) // U, row_stride(H, U)
-    clear_padding(output, order, steps, T, B, H)
-    h = states_of(h_0, order, H, stride)
+    h = shared if shared.size else np.empty(2 * b * stride, gates.dtype)
+    if leader:
+        clear_padding(output, order, steps, T, B, H)
+        put_states(h_0, order, H, stride, h)
+    me, members = join(team, leader)
+    if members < 1:
+        return
+    low, high = blocks * me // members, blocks * (me + 1) // members
     c = np.empty(blocks * b * U, gates.dtype)
     rows_to_blocks(c_0, order, H, c)
     z = np.empty(4 * b * U, gates.dtype)
@@ -43,7 +51,7 @@ def lstm_forward(
         t = steps[0] - 1 - step if reverse else step
         active = still_active(active, steps, t)
         now, new = (step % 2) * b * stride, (1 - step % 2) * b * stride
-        for j in range(blocks):
+        for j in range(low, high):
             n = min(U, H - j * U)
             last = j * U + n - 1
             prefetch_rows(gates, t * B * 4 * H + last, order, active, 4 * H, 4, H)
@@ -70,32 +78,40 @@ def lstm_forward(
                     store_part(gates, at + 2 * H, g, n)
                     store_part(gates, at + 3 * H, o, n)
                     store_part(c_prev, to, c_old, n)
-    final_states(h, order, steps, reverse, H, stride, h_n)
-    blocks_to_rows(c, order, H, c_n)
+        meet(team, members, step)
+    final_states(h, order, steps, reverse, H, stride, low * U, high * U, h_n)
+    blocks_to_rows(c, order, H, low, high, c_n)
 
 
 @compiled  # type: ignore[untyped-decorator]
 def lstm_backward(
     order: Any, steps: Any, gates: Any, c_prev: Any, d_output: Any, d_h_n: Any, d_c_n: Any, panels: Any,
-    d_h_0: Any, d_c_0: Any, T: int, B: int, H: int, reverse: bool,
+    d_h_0: Any, d_c_0: Any, T: int, B: int, H: int, reverse: bool, team: Any, shared: Any,
+    leader: bool,
 ) -> None:  # fmt: skip
     """Turn the saved gates into d_gates, in place; compute d_h_0 and d_c_0."""
     U, b = lanes(gates), order.size
     blocks, stride = (H + U - 1) // U, row_stride(4 * H, U)
-    clear_padding(gates, order, steps, T, B, 4 * H)
+    if leader:
+        clear_padding(gates, order, steps, T, B, 4 * H)
+    me, members = join(team, leader)
+    if members < 1:
+        return
+    low, high = blocks * me // members, blocks * (me + 1) // members
     d_h, d_c = np.empty(blocks * b * U, gates.dtype), np.empty(blocks * b * U, gates.dtype)
     rows_to_blocks(d_h_n, order, H, d_h)
     rows_to_blocks(d_c_n, order, H, d_c)
-    d_z = np.empty(b * stride, gates.dtype)
+    d_z = shared if shared.size else np.empty(2 * b * stride, gates.dtype)
     active = 0
     for step in range(steps[0]):
         t = step if reverse else steps[0] - 1 - step
         active = still_active(active, steps, t)
+        now = (step % 2) * b * stride
         for r in range(active):
             row = t * B + order[r]
-            for j in range(blocks):
+            for j in range(low, high):
                 n, here = min(U, H - j * U), (j * b + r) * U
-                at, to, col = row * 4 * H + j * U, row * H + j * U, r * stride + j * U
+                at, to, col = row * 4 * H + j * U, row * H + j * U, now + r * stride + j * U
                 i, f = load_part(gates, at, n), load_part(gates, at + H, n)
                 g, o = load_part(gates, at + 2 * H, n), load_part(gates, at + 3 * H, n)
                 c_old = load_part(c_prev, to, n)
@@ -115,28 +131,38 @@ def lstm_backward(
                 store_part(d_z, col + H, d_f, n)
                 store_part(d_z, col + 2 * H, d_g, n)
                 store_part(d_z, col + 3 * H, d_o, n)
-        product(d_z, 0, stride, active, panels, 0, 4 * H, blocks, d_h, 0, b * U, True)
-    blocks_to_rows(d_h, order, H, d_h_0)
-    blocks_to_rows(d_c, order, H, d_c_0)
+        meet(team, members, step)
+        product(
+            d_z, now, stride, active, panels, low * 4 * H * U, 4 * H, high - low, d_h, low * b * U, b * U, True
+        )
+    blocks_to_rows(d_h, order, H, low, high, d_h_0)
+    blocks_to_rows(d_c, order, H, low, high, d_c_0)
 
 
 @compiled  # type: ignore[untyped-decorator]
 def gru_forward(
     order: Any, steps: Any, gates: Any, h_0: Any, bias_hn: Any, panels: Any, output: Any, h_n: Any,
-    recurrent_n: Any, T: int, B: int, H: int, reverse: bool, save: bool,
+    recurrent_n: Any, T: int, B: int, H: int, reverse: bool, save: bool, team: Any, shared: Any,
+    leader: bool,
 ) -> None:  # fmt: skip
     """Compute output, h_n; with `save` also recurrent_n, and gates after their nonlinearity, in place."""
     U, b = lanes(gates), order.size
     blocks, stride = (H + U - 1) // U, row_stride(H, U)
-    clear_padding(output, order, steps, T, B, H)
-    h = states_of(h_0, order, H, stride)
+    h = shared if shared.size else np.empty(2 * b * stride, gates.dtype)
+    if leader:
+        clear_padding(output, order, steps, T, B, H)
+        put_states(h_0, order, H, stride, h)
+    me, members = join(team, leader)
+    if members < 1:
+        return
+    low, high = blocks * me // members, blocks * (me + 1) // members
     z = np.empty(3 * b * U, gates.dtype)
     active = 0
     for step in range(steps[0]):
         t = steps[0] - 1 - step if reverse else step
         active = still_active(active, steps, t)
         now, new = (step % 2) * b * stride, (1 - step % 2) * b * stride
-        for j in range(blocks):
+        for j in range(low, high):
             n = min(U, H - j * U)
             last = j * U + n - 1
             prefetch_rows(gates, t * B * 3 * H + last, order, active, 3 * H, 3, H)
@@ -160,33 +186,41 @@ def gru_forward(
                     store_part(gates, at + H, update, n)
                     store_part(gates, at + 2 * H, candidate, n)
                     store_part(recurrent_n, to, w_n, n)
-    final_states(h, order, steps, reverse, H, stride, h_n)
+        meet(team, members, step)
+    final_states(h, order, steps, reverse, H, stride, low * U, high * U, h_n)
 
 
 @compiled  # type: ignore[untyped-decorator]
 def gru_backward(
     order: Any, steps: Any, gates: Any, recurrent_n: Any, h_0: Any, output: Any, d_output: Any, d_h_n: Any,
-    panels: Any, d_h_0: Any, T: int, B: int, H: int, reverse: bool,
+    panels: Any, d_h_0: Any, T: int, B: int, H: int, reverse: bool, team: Any, shared: Any,
+    leader: bool,
 ) -> None:  # fmt: skip
     """Turn the saved gates and recurrent_n into d_gates and d_recurrent_n, in place; compute d_h_0."""
     U, b = lanes(gates), order.size
     blocks, stride = (H + U - 1) // U, row_stride(3 * H, U)
-    clear_padding(gates, order, steps, T, B, 3 * H)
-    clear_padding(recurrent_n, order, steps, T, B, H)
+    if leader:
+        clear_padding(gates, order, steps, T, B, 3 * H)
+        clear_padding(recurrent_n, order, steps, T, B, H)
+    me, members = join(team, leader)
+    if members < 1:
+        return
+    low, high = blocks * me // members, blocks * (me + 1) // members
     d_h = np.empty(blocks * b * U, gates.dtype)
     rows_to_blocks(d_h_n, order, H, d_h)
-    d_w = np.empty(b * stride, gates.dtype)
+    d_w = shared if shared.size else np.empty(2 * b * stride, gates.dtype)
     active = 0
     for step in range(steps[0]):
         t = step if reverse else steps[0] - 1 - step
         active = still_active(active, steps, t)
+        now = (step % 2) * b * stride
         for r in range(active):
             row = t * B + order[r]
             t_prev = t + 1 if reverse else t - 1
             initial = t_prev < 0 or t_prev >= steps[r]
-            for j in range(blocks):
+            for j in range(low, high):
                 n, here = min(U, H - j * U), (j * b + r) * U
-                at, to, col = row * 3 * H + j * U, row * H + j * U, r * stride + j * U
+                at, to, col = row * 3 * H + j * U, row * H + j * U, now + r * stride + j * U
                 reset, update = load_part(gates, at, n), load_part(gates, at + H, n)
                 candidate, w_n = load_part(gates, at + 2 * H, n), load_part(recurrent_n, to, n)
                 if initial:
@@ -206,28 +240,37 @@ def gru_backward(
                 store_part(d_w, col, d_r, n)
                 store_part(d_w, col + H, d_u, n)
                 store_part(d_w, col + 2 * H, d_w_n, n)
-        product(d_w, 0, stride, active, panels, 0, 3 * H, blocks, d_h, 0, b * U, False)
-    blocks_to_rows(d_h, order, H, d_h_0)
+        meet(team, members, step)
+        product(
+            d_w, now, stride, active, panels, low * 3 * H * U, 3 * H, high - low, d_h, low * b * U, b * U, False
+        )
+    blocks_to_rows(d_h, order, H, low, high, d_h_0)
 
 
 @compiled  # type: ignore[untyped-decorator]
 def rnn_forward(
     order: Any, steps: Any, gates: Any, h_0: Any, panels: Any, output: Any, h_n: Any, T: int, B: int,
-    H: int, relu: bool, reverse: bool,
+    H: int, relu: bool, reverse: bool, team: Any, shared: Any, leader: bool,
 ) -> None:  # fmt: skip
     """Compute output and h_n."""
     U, b = lanes(gates), order.size
     blocks, stride = (H + U - 1) // U, row_stride(H, U)
-    clear_padding(output, order, steps, T, B, H)
-    h = states_of(h_0, order, H, stride)
+    h = shared if shared.size else np.empty(2 * b * stride, gates.dtype)
+    if leader:
+        clear_padding(output, order, steps, T, B, H)
+        put_states(h_0, order, H, stride, h)
+    me, members = join(team, leader)
+    if members < 1:
+        return
+    low, high = blocks * me // members, blocks * (me + 1) // members
     z = np.empty(4 * b * U, gates.dtype)
     active = 0
     for step in range(steps[0]):
         t = steps[0] - 1 - step if reverse else step
         active = still_active(active, steps, t)
         now, new = (step % 2) * b * stride, (1 - step % 2) * b * stride
-        for first in range(0, blocks, 4):  # four blocks at a time, like the four gates of an LSTM
-            group = min(4, blocks - first)
+        for first in range(low, high, 4):  # four blocks at a time, like the four gates of an LSTM
+            group = min(4, high - first)
             last = min((first + group) * U, H) - 1
             prefetch_rows(gates, t * B * H + last, order, active, H, 1, 0)
             prefetch_rows(output, t * B * H + last, order, active, H, 1, 0)
@@ -240,33 +283,43 @@ def rnn_forward(
                     h_new = where_positive(a, a) if relu else tanh(a)
                     store(h, new + r * stride + j * U, h_new)
                     store_part(output, row + j * U, h_new, n)
-    final_states(h, order, steps, reverse, H, stride, h_n)
+        meet(team, members, step)
+    final_states(h, order, steps, reverse, H, stride, low * U, high * U, h_n)
 
 
 @compiled  # type: ignore[untyped-decorator]
 def rnn_backward(
     order: Any, steps: Any, output: Any, d_output: Any, d_h_n: Any, panels: Any, d_gates: Any, d_h_0: Any,
-    T: int, B: int, H: int, relu: bool, reverse: bool,
+    T: int, B: int, H: int, relu: bool, reverse: bool, team: Any, shared: Any, leader: bool,
 ) -> None:  # fmt: skip
     """Compute d_gates and d_h_0."""
     U, b = lanes(d_gates), order.size
     blocks, stride = (H + U - 1) // U, row_stride(H, U)
-    clear_padding(d_gates, order, steps, T, B, H)
+    if leader:
+        clear_padding(d_gates, order, steps, T, B, H)
+    me, members = join(team, leader)
+    if members < 1:
+        return
+    low, high = blocks * me // members, blocks * (me + 1) // members
     d_h = np.empty(blocks * b * U, d_gates.dtype)
     rows_to_blocks(d_h_n, order, H, d_h)
-    d_z = np.empty(b * stride, d_gates.dtype)
+    d_z = shared if shared.size else np.empty(2 * b * stride, d_gates.dtype)
     active = 0
     for step in range(steps[0]):
         t = step if reverse else steps[0] - 1 - step
         active = still_active(active, steps, t)
+        now = (step % 2) * b * stride
         for r in range(active):
             row = (t * B + order[r]) * H
-            for j in range(blocks):
+            for j in range(low, high):
                 n = min(U, H - j * U)
                 h = load_part(output, row + j * U, n)
                 d_a = load(d_h, (j * b + r) * U) + load_part(d_output, row + j * U, n)
                 d_a = where_positive(h, d_a) if relu else d_a * (1.0 - h * h)
                 store_part(d_gates, row + j * U, d_a, n)
-                store(d_z, r * stride + j * U, d_a)
-        product(d_z, 0, stride, active, panels, 0, H, blocks, d_h, 0, b * U, True)
-    blocks_to_rows(d_h, order, H, d_h_0)
+                store(d_z, now + r * stride + j * U, d_a)
+        meet(team, members, step)
+        product(
+            d_z, now, stride, active, panels, low * H * U, H, high - low, d_h, low * b * U, b * U, True
+        )
+    blocks_to_rows(d_h, order, H, low, high, d_h_0)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 
 
@@ -43,6 +44,12 @@ class _Job:
             except BaseException as caught:
                 error = caught
             self._done.put(error)
+
+    def close(self) -> None:
+        """Take the tiles that nobody has begun, undone, and wait for the others."""
+        while next(self._next) < self._tiles:
+            self._done.put(None)
+        self.wait()
 
     def wait(self) -> None:
         """Wait until all tiles are finished; raise the first error of any of them."""
@@ -86,6 +93,21 @@ def _forget_threads() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)
+
+
+@contextmanager
+def helped(helpers: int, work: Callable[[], None], abandon: Callable[[], None]) -> Iterator[None]:
+    """Let up to that many threads do `work` while the block runs, and wait for those that began.
+
+    `abandon` is called after the block; it must make `work` return.
+    """
+    job = _Job(lambda _: work(), helpers)
+    _pool.offer(job, helpers)
+    try:
+        yield
+    finally:
+        abandon()
+        job.close()
 
 
 def run_tiles(work: Callable[[int], None], tiles: int, threads: int) -> None:
