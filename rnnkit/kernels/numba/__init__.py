@@ -39,7 +39,7 @@ if _missing is None:
             if self._made or not getattr(function, "__module__", "").startswith(__name__):
                 return
             type(self)._made = True
-            message = "rnnkit compiles its CPU kernels: once for this machine, some seconds for each kind of layer"
+            message = "rnnkit compiles its CPU kernels, once for this machine: seconds for each kind of layer"
             logging.getLogger("rnnkit").info(message)
             if sys.stderr is not None and sys.stderr.isatty():
                 print(message, file=sys.stderr)
@@ -58,7 +58,6 @@ _SMALL = 1_000_000
 _SMALL_STEP = 100_000
 
 
-
 def warmup() -> None:
     """Compile all functions, or load what was compiled before: float32 and float64, every cell."""
     for dtype in (np.float32, np.float64):
@@ -68,7 +67,9 @@ def warmup() -> None:
         *_, lstm = lstm_forward(gates[4], state, state, weight[4])
         *_, gru = gru_forward(gates[3], state, weight[3])
         *_, rnn = rnn_forward(gates[1], state, weight[1])
-        assert lstm is not None and gru is not None and rnn is not None
+        assert lstm is not None
+        assert gru is not None
+        assert rnn is not None
         lstm_backward(lstm, weight[4], gates[1], state, state)
         gru_backward(gru, weight[3], gates[1], state)
         rnn_backward(rnn, weight[1], gates[1], state)
@@ -110,9 +111,7 @@ def rnn_forward(
     return output, h_n, RNNSaved(output, lengths, reverse, nonlinearity == "relu") if save else None
 
 
-def rnn_backward(
-    saved: RNNSaved, weight_hh: Float, d_output: Float, d_h_n: Float
-) -> tuple[Float, Float]:
+def rnn_backward(saved: RNNSaved, weight_hh: Float, d_output: Float, d_h_n: Float) -> tuple[Float, Float]:
     """Return d_gates (T, B, H) and d_h_0 (B, H)."""
     T, B, H = d_output.shape
     d_gates, d_h_0 = np.empty_like(d_output), np.empty_like(d_h_n)
@@ -201,9 +200,7 @@ def gru_backward(
     d_h_0 = np.empty_like(d_h_n)
     tiles = _Tiles(T, B, H, 3 * H, saved.lengths)
     arrays = _flat(saved.gates, saved.recurrent_n, saved.h_0, saved.output, d_output, d_h_n)
-    tiles.run(
-        _scans.gru_backward, *arrays, _pack_backward(weight_hh), *_flat(d_h_0), T, B, H, saved.reverse
-    )
+    tiles.run(_scans.gru_backward, *arrays, _pack_backward(weight_hh), *_flat(d_h_0), T, B, H, saved.reverse)
     return saved.gates, d_h_0, saved.recurrent_n
 
 
@@ -220,7 +217,7 @@ class _Tiles:
         work = (T * B if lengths is None else int(lengths.sum())) * H * columns
         self._threads = thread_limit() if work > _SMALL else 1
         self._helpers = 0
-        if B < self._threads and B * H * columns > _SMALL_STEP and _team.POSSIBLE:
+        if self._threads > B and B * H * columns > _SMALL_STEP and _team.POSSIBLE:
             blocks = -(-H // (2 * REGISTER_BYTES // 8))
             self._helpers = min(self._threads, blocks) - 1
         tiles = 1 if self._helpers and B else min(self._threads, B)
@@ -257,7 +254,7 @@ def _flat(*arrays: Float) -> list[Float]:
 
 
 def _empty_panels(count: int, K: int, H: int, dtype: np.dtype[Any]) -> Float:
-    """Return room for `count` panels (K, lanes) for each block of hidden units, at the start of a cache line."""
+    """Return room for `count` panels (K, lanes) a block of hidden units, at the start of a cache line."""
     lanes = 2 * REGISTER_BYTES // dtype.itemsize
     size = count * K * -(-H // lanes) * lanes
     room = np.empty(size + 64 // dtype.itemsize, dtype)

@@ -1,7 +1,13 @@
 """The compiled scans: one tile of the batch, from its first time step to its last.
 
 The maths is that of `rnnkit.kernels.reference`, in its order. Every function takes the tile's sequences
-as `order` (indices into the batch, longest first) and `steps` (how many each has); all arrays are flat. A tile reads and writes only rows of its own sequences, so tiles may run at the same time.
+as `order` (indices into the batch, longest first) and `steps` (how many each has); all arrays are flat. A
+tile reads and writes only rows of its own sequences, so tiles may run at the same time.
+
+`team`, `shared` and `leader` are for several threads on one tile (see `_team`), each of which computes the
+blocks `low` to `high` of the hidden units. What all of them read, h or d_z, is in `shared`, twice: a step
+reads one half and writes the other, so that one meeting a step is enough. Nothing is allocated once
+`join` has returned: a member that failed would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -17,13 +23,13 @@ from ._pieces import (
     final_states,
     prefetch_rows,
     product,
+    put_states,
     row_stride,
     rows_to_blocks,
-    put_states,
     still_active,
 )
-from ._team import join, meet
 from ._simd import lanes, load, load_part, store, store_part, tanh, where_positive
+from ._team import join, meet
 
 
 @compiled  # type: ignore[untyped-decorator]
@@ -39,13 +45,13 @@ def lstm_forward(
     if leader:
         clear_padding(output, order, steps, T, B, H)
         put_states(h_0, order, H, stride, h)
+    c = np.empty(blocks * b * U, gates.dtype)
+    rows_to_blocks(c_0, order, H, c)
+    z = np.empty(4 * b * U, gates.dtype)
     me, members = join(team, leader)
     if members < 1:
         return
     low, high = blocks * me // members, blocks * (me + 1) // members
-    c = np.empty(blocks * b * U, gates.dtype)
-    rows_to_blocks(c_0, order, H, c)
-    z = np.empty(4 * b * U, gates.dtype)
     active = 0
     for step in range(steps[0]):
         t = steps[0] - 1 - step if reverse else step
@@ -94,14 +100,14 @@ def lstm_backward(
     blocks, stride = (H + U - 1) // U, row_stride(4 * H, U)
     if leader:
         clear_padding(gates, order, steps, T, B, 4 * H)
-    me, members = join(team, leader)
-    if members < 1:
-        return
-    low, high = blocks * me // members, blocks * (me + 1) // members
     d_h, d_c = np.empty(blocks * b * U, gates.dtype), np.empty(blocks * b * U, gates.dtype)
     rows_to_blocks(d_h_n, order, H, d_h)
     rows_to_blocks(d_c_n, order, H, d_c)
     d_z = shared if shared.size else np.empty(2 * b * stride, gates.dtype)
+    me, members = join(team, leader)
+    if members < 1:
+        return
+    low, high = blocks * me // members, blocks * (me + 1) // members
     active = 0
     for step in range(steps[0]):
         t = step if reverse else steps[0] - 1 - step
@@ -133,8 +139,9 @@ def lstm_backward(
                 store_part(d_z, col + 3 * H, d_o, n)
         meet(team, members, step)
         product(
-            d_z, now, stride, active, panels, low * 4 * H * U, 4 * H, high - low, d_h, low * b * U, b * U, True
-        )
+            d_z, now, stride, active, panels, low * 4 * H * U, 4 * H, high - low,
+            d_h, low * b * U, b * U, True,
+        )  # fmt: skip
     blocks_to_rows(d_h, order, H, low, high, d_h_0)
     blocks_to_rows(d_c, order, H, low, high, d_c_0)
 
@@ -152,11 +159,11 @@ def gru_forward(
     if leader:
         clear_padding(output, order, steps, T, B, H)
         put_states(h_0, order, H, stride, h)
+    z = np.empty(3 * b * U, gates.dtype)
     me, members = join(team, leader)
     if members < 1:
         return
     low, high = blocks * me // members, blocks * (me + 1) // members
-    z = np.empty(3 * b * U, gates.dtype)
     active = 0
     for step in range(steps[0]):
         t = steps[0] - 1 - step if reverse else step
@@ -202,13 +209,13 @@ def gru_backward(
     if leader:
         clear_padding(gates, order, steps, T, B, 3 * H)
         clear_padding(recurrent_n, order, steps, T, B, H)
+    d_h = np.empty(blocks * b * U, gates.dtype)
+    rows_to_blocks(d_h_n, order, H, d_h)
+    d_w = shared if shared.size else np.empty(2 * b * stride, gates.dtype)
     me, members = join(team, leader)
     if members < 1:
         return
     low, high = blocks * me // members, blocks * (me + 1) // members
-    d_h = np.empty(blocks * b * U, gates.dtype)
-    rows_to_blocks(d_h_n, order, H, d_h)
-    d_w = shared if shared.size else np.empty(2 * b * stride, gates.dtype)
     active = 0
     for step in range(steps[0]):
         t = step if reverse else steps[0] - 1 - step
@@ -242,8 +249,9 @@ def gru_backward(
                 store_part(d_w, col + 2 * H, d_w_n, n)
         meet(team, members, step)
         product(
-            d_w, now, stride, active, panels, low * 3 * H * U, 3 * H, high - low, d_h, low * b * U, b * U, False
-        )
+            d_w, now, stride, active, panels, low * 3 * H * U, 3 * H, high - low,
+            d_h, low * b * U, b * U, False,
+        )  # fmt: skip
     blocks_to_rows(d_h, order, H, low, high, d_h_0)
 
 
@@ -259,11 +267,11 @@ def rnn_forward(
     if leader:
         clear_padding(output, order, steps, T, B, H)
         put_states(h_0, order, H, stride, h)
+    z = np.empty(4 * b * U, gates.dtype)
     me, members = join(team, leader)
     if members < 1:
         return
     low, high = blocks * me // members, blocks * (me + 1) // members
-    z = np.empty(4 * b * U, gates.dtype)
     active = 0
     for step in range(steps[0]):
         t = steps[0] - 1 - step if reverse else step
@@ -297,13 +305,13 @@ def rnn_backward(
     blocks, stride = (H + U - 1) // U, row_stride(H, U)
     if leader:
         clear_padding(d_gates, order, steps, T, B, H)
+    d_h = np.empty(blocks * b * U, d_gates.dtype)
+    rows_to_blocks(d_h_n, order, H, d_h)
+    d_z = shared if shared.size else np.empty(2 * b * stride, d_gates.dtype)
     me, members = join(team, leader)
     if members < 1:
         return
     low, high = blocks * me // members, blocks * (me + 1) // members
-    d_h = np.empty(blocks * b * U, d_gates.dtype)
-    rows_to_blocks(d_h_n, order, H, d_h)
-    d_z = shared if shared.size else np.empty(2 * b * stride, d_gates.dtype)
     active = 0
     for step in range(steps[0]):
         t = step if reverse else steps[0] - 1 - step
@@ -320,6 +328,7 @@ def rnn_backward(
                 store(d_z, now + r * stride + j * U, d_a)
         meet(team, members, step)
         product(
-            d_z, now, stride, active, panels, low * H * U, H, high - low, d_h, low * b * U, b * U, True
-        )
+            d_z, now, stride, active, panels, low * H * U, H, high - low,
+            d_h, low * b * U, b * U, True,
+        )  # fmt: skip
     blocks_to_rows(d_h, order, H, low, high, d_h_0)

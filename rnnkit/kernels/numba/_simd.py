@@ -9,7 +9,11 @@ registers: two independent chains hide half of the latency of everything that is
 BLAS packs them again at every time step (its small-matrix path that does not exists on AVX-512 alone),
 and one of its calls costs a microsecond; here are the rates that led to it, for h (b, H) times weight_hh
 (H, 4H) in float32, one thread of a Zen 3 (AVX2), GFLOP/s of OpenBLAS / of `dot_block`:
-@@RATES@@
+
+    b             1      4      8     16     32     64
+    H=64      15/28  21/48  27/51  58/89  64/94
+    H=256     25/32  22/67  29/63  24/87  66/88  75/96
+    H=1024    19/19         28/38         63/70  73/80
 """
 
 from __future__ import annotations
