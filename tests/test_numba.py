@@ -72,6 +72,27 @@ class Problem:
         return [array.copy() for array in results] + list(self.backward(saved, module))
 
 
+class PoisonedNumPy:
+    """NumPy, but new memory is full of NaN: what no tile has written must not pass for an old result."""
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+    def empty(self, *args):
+        array = np.empty(*args)
+        if array.dtype.kind == "f":
+            array.fill(np.nan)
+        return array
+
+    def empty_like(self, array):
+        return self.empty(array.shape, array.dtype)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch):
+    monkeypatch.setattr(kernels, "np", PoisonedNumPy())
+
+
 def same_bits(first, second):
     return all(a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True))
 
@@ -163,12 +184,14 @@ def test_read_only_inputs_are_taken():
     for array in problem.inputs:
         array.flags.writeable = False
     assert same_bits(writable, problem.run())
-    assert len(kernels._scans.lstm_forward.signatures) == compiled  # seconds, for every mixture of such arrays
+    assert (
+        len(kernels._scans.lstm_forward.signatures) == compiled
+    )  # seconds, for every mixture of such arrays
 
 
 # ------------------------------------------------------------------------------------------ threads
 
-LARGE = {"T": 30, "B": 13, "H": 64}
+LARGE = {"T": 60, "B": 13, "H": 80}  # enough work for several threads, in every cell
 # Fewer sequences than threads: the threads share the hidden units and meet once a step.
 WIDE = {"T": 30, "B": 1, "H": 400}
 
@@ -179,6 +202,7 @@ WIDE = {"T": 30, "B": 1, "H": 400}
 def test_same_bits_again_and_with_any_number_of_threads(cell, sizes, ragged, monkeypatch):
     problem = Problem(cell, **sizes, ragged=ragged, reverse=ragged)
     results = []
+    monkeypatch.setattr(kernels, "_SMALL", 0)
     for threads in ("1", "1", "2", "3", "5"):
         monkeypatch.setenv("RNNKIT_NUM_THREADS", threads)
         results.append(problem.run())
@@ -248,13 +272,14 @@ def test_many_python_threads_at_once(sizes, monkeypatch):
 def test_works_after_fork():
     # In a process of its own: a deadlocked child must not take the tests with it.
     code = """
-import os, sys
+import os, sys, threading
 sys.path.insert(0, "tests")
-from test_numba import LARGE, Problem, same_bits
+from test_numba import LARGE, Problem, kernels, same_bits
 problem = Problem("gru", **LARGE)
-before = problem.run()
+before, meeting = problem.run(), threading.Barrier(2, timeout=10)
 child = os.fork()
 if child == 0:
+    kernels.run_tiles(lambda tile: meeting.wait(), 2, 2)  # an exception unless two threads are there
     os._exit(0 if same_bits(before, problem.run()) else 3)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
