@@ -214,7 +214,7 @@ def transpose(typing: Any, source: Any, at: Any, stride: Any, target: Any, to: A
     """Put the transpose of a square, whose rows begin `stride` apart at source[at], to target[to] and behind.
 
     In registers, by log2(lanes) rounds of merging: in round k row r takes every lane from rows r and
-    r + lanes / 2 in turns. Element by element it takes six times as long.
+    r + lanes / 2 in turns.
     """
     vector = Vector(source.dtype)
     N = vector.lanes

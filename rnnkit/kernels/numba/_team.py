@@ -23,7 +23,7 @@ from ._pieces import compiled
 JOINED, MEMBERS, ARRIVED, WANTED, LINES = 0, 8, 16, 24, 32
 POSSIBLE = os.name == "posix"  # elsewhere there is no sched_yield to link with
 _CLOSED = 1 << 32  # added to JOINED: whoever joins now sees that it is too late
-_SPINS = 4000  # looks at a counter, about 20 microseconds, before the processor is offered to other threads
+_SPINS = 4000  # looks at a counter before the processor is offered to other threads
 _PATIENCE = 5  # such offers before the leader begins with the helpers that are there
 
 
