@@ -242,6 +242,8 @@ def accumulation_dtype(name: str) -> str:
 def matmul(a: Array, b: Array) -> Array:
     """Return a @ b for 2-D arrays; half precision is multiplied, summed and returned in float32."""
     xp = namespace_of(a)
+    if xp is np and a.dtype == b.dtype and a.dtype.itemsize >= 4:  # small calls feel the checks below
+        return a @ b
     if a.dtype not in (xp.float32, xp.float64):
         a = xp.astype(a, xp.float32)
     return a @ xp.astype(b, a.dtype, copy=False)
@@ -249,6 +251,8 @@ def matmul(a: Array, b: Array) -> Array:
 
 def is_integer(array: Array) -> bool:
     """Whether the array holds integers (booleans are none)."""
+    if isinstance(array, np.ndarray):  # isdtype is slow, and this is asked several times a call
+        return array.dtype.kind in "iu"
     return bool(namespace_of(array).isdtype(array.dtype, "integral"))
 
 

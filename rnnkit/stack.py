@@ -411,7 +411,8 @@ class Stack(Layer):
         return initial_uniform(self._shapes(), 1.0 / math.sqrt(self.hidden_size), resolve_seed(seed))
 
     def _present_state(self, call: SequenceInput, kinds: list[list[Array]]) -> State:
-        stacked = [self._backend.xp.stack(kind) for kind in kinds]
+        xp = self._backend.xp
+        stacked = [kind[0][None, :, :] if len(kind) == 1 else xp.stack(kind) for kind in kinds]
         if not call.batched:
             stacked = [kind[:, 0, :] for kind in stacked]
         return stacked[0] if len(stacked) == 1 else tuple(stacked)

@@ -39,7 +39,7 @@ __all__ = ["Case", "Kernels", "kernels_for", "names_of"]
 
 # Fastest first. What is not listed has the reference alone.
 _MODULES: dict[str, tuple[str, ...]] = {
-    "numpy": ("numpy", "reference"),
+    "numpy": ("numba", "numpy", "reference"),
     "torch": ("torch", "reference"),
 }
 

@@ -1,0 +1,278 @@
+"""Kernels for NumPy arrays on the CPU, compiled by numba: the fast path. Needs ``pip install "rnnkit[cpu]"``.
+
+A call packs the recurrent weights once, cuts the batch into tiles, and gives every thread its tiles for
+the whole sequence: sequences are independent, so no step waits for another thread. Within a tile a step is
+a matrix product and then the gates of the same hidden units, while they are still in the L1 cache. The
+result of a sequence does not depend on the tile it is in, and so not on the number of threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._case import Case
+
+try:
+    from numba.core import event
+
+    from . import _pieces, _scans, _team
+    from ._simd import REGISTER_BYTES
+    from ._threads import helped, run_tiles, thread_limit
+
+    _missing: str | None = None
+except ImportError as error:
+    _missing = f'needs numba, which cannot be imported ({error}): pip install "rnnkit[cpu]"'
+
+if _missing is None:
+
+    class _Announcement(event.Listener):  # type: ignore[misc]
+        """Says once that code is being compiled, so that nobody takes the seconds for a hang."""
+
+        _made = False
+
+        def on_start(self, event: Any) -> None:
+            function = getattr(event.data["dispatcher"], "py_func", None)
+            if self._made or not getattr(function, "__module__", "").startswith(__name__):
+                return
+            type(self)._made = True
+            message = "rnnkit compiles its CPU kernels, once for this machine: seconds for each kind of layer"
+            logging.getLogger("rnnkit").info(message)
+            if sys.stderr is not None and sys.stderr.isatty():
+                print(message, file=sys.stderr)
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    _NO_TEAM = np.empty(0, np.int64)
+    event.register("numba:compile", _Announcement())
+
+Float = np.ndarray[Any, np.dtype[Any]]
+Index = np.ndarray[Any, np.dtype[np.int64]]
+
+# Multiplications below which a call stays on its thread: 3.3 million (an LSTM, T=100, B=2, H=64) took 150
+# microseconds on one thread and 230 on two, on a busy machine. To be measured again on an idle one.
+_SMALL = 4_000_000
+# Multiplications of one time step below which threads do not share it: a guess that awaits idle cores.
+_SMALL_STEP = 100_000
+
+
+def warmup() -> None:
+    """Compile all functions, or load what was compiled before: float32 and float64, every cell."""
+    for dtype in (np.float32, np.float64):
+        state = np.zeros((1, 1), dtype)
+        gates = {count: np.zeros((1, 1, count), dtype) for count in (1, 3, 4)}
+        weight = {count: np.zeros((count, 1), dtype) for count in (1, 3, 4)}
+        *_, lstm = lstm_forward(gates[4], state, state, weight[4])
+        *_, gru = gru_forward(gates[3], state, weight[3])
+        *_, rnn = rnn_forward(gates[1], state, weight[1])
+        assert lstm is not None
+        assert gru is not None
+        assert rnn is not None
+        lstm_backward(lstm, weight[4], gates[1], state, state)
+        gru_backward(gru, weight[3], gates[1], state)
+        rnn_backward(rnn, weight[1], gates[1], state)
+
+
+def why_not(name: str, case: Case) -> str | None:
+    """Say why this module cannot serve `case`, or None."""
+    if _missing is not None:
+        return _missing
+    if case.dtype not in ("float32", "float64"):
+        return f"has no {case.dtype}"
+    if case.proj_size:
+        return "has no projection"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- RNN
+
+
+class RNNSaved(NamedTuple):
+    """What `rnn_backward` needs: the output (T, B, H), which holds the states."""
+
+    output: Float
+    lengths: Index | None
+    reverse: bool
+    relu: bool
+
+
+def rnn_forward(
+    gates: Float, h_0: Float, weight_hh: Float, *, nonlinearity: str = "tanh",
+    lengths: Index | None = None, reverse: bool = False, save: bool = True,
+) -> tuple[Float, Float, RNNSaved | None]:  # fmt: skip
+    """Return output (T, B, H), h_n (B, H) and what the backward scan needs."""
+    T, B, H = gates.shape
+    output, h_n = np.empty((T, B, H), gates.dtype), np.empty((B, H), gates.dtype)
+    tiles = _Tiles(T, B, H, H, lengths)
+    arrays = _flat(gates, h_0), _pack_forward(weight_hh, 1), _flat(output, h_n)
+    tiles.run(_scans.rnn_forward, *arrays[0], arrays[1], *arrays[2], T, B, H, nonlinearity == "relu", reverse)
+    return output, h_n, RNNSaved(output, lengths, reverse, nonlinearity == "relu") if save else None
+
+
+def rnn_backward(saved: RNNSaved, weight_hh: Float, d_output: Float, d_h_n: Float) -> tuple[Float, Float]:
+    """Return d_gates (T, B, H) and d_h_0 (B, H)."""
+    T, B, H = d_output.shape
+    d_gates, d_h_0 = np.empty_like(d_output), np.empty_like(d_h_n)
+    tiles = _Tiles(T, B, H, H, saved.lengths)
+    arrays = _flat(saved.output, d_output, d_h_n), _pack_backward(weight_hh), _flat(d_gates, d_h_0)
+    tiles.run(_scans.rnn_backward, *arrays[0], arrays[1], *arrays[2], T, B, H, saved.relu, saved.reverse)
+    return d_gates, d_h_0
+
+
+# --------------------------------------------------------------------------------------------- LSTM
+
+
+class LSTMSaved(NamedTuple):
+    """What `lstm_backward` needs: gates (T, B, 4H) after their nonlinearity, c_prev (T, B, H)."""
+
+    gates: Float
+    c_prev: Float
+    lengths: Index | None
+    reverse: bool
+
+
+def lstm_forward(
+    gates: Float, h_0: Float, c_0: Float, weight_hh: Float, *,
+    lengths: Index | None = None, reverse: bool = False, save: bool = True,
+) -> tuple[Float, Float, Float, LSTMSaved | None]:  # fmt: skip
+    """Return output (T, B, H), h_n (B, H), c_n (B, H) and what the backward scan needs."""
+    T, B, H = gates.shape[0], gates.shape[1], gates.shape[2] // 4
+    output, c_prev = (np.empty((T if kept else 0, B, H), gates.dtype) for kept in (True, save))
+    h_n, c_n = np.empty((B, H), gates.dtype), np.empty((B, H), gates.dtype)
+    tiles = _Tiles(T, B, H, 4 * H, lengths)
+    arrays = _flat(gates, h_0, c_0), _pack_forward(weight_hh, 4), _flat(output, h_n, c_n, c_prev)
+    tiles.run(_scans.lstm_forward, *arrays[0], arrays[1], *arrays[2], T, B, H, reverse, save)
+    return output, h_n, c_n, LSTMSaved(gates, c_prev, lengths, reverse) if save else None
+
+
+def lstm_backward(
+    saved: LSTMSaved, weight_hh: Float, d_output: Float, d_h_n: Float, d_c_n: Float
+) -> tuple[Float, Float, Float]:
+    """Return d_gates (T, B, 4H), d_h_0 (B, H) and d_c_0 (B, H)."""
+    T, B, H = d_output.shape
+    d_h_0, d_c_0 = np.empty_like(d_h_n), np.empty_like(d_c_n)
+    tiles = _Tiles(T, B, H, 4 * H, saved.lengths)
+    arrays = _flat(saved.gates, saved.c_prev, d_output, d_h_n, d_c_n), _pack_backward(weight_hh)
+    tiles.run(_scans.lstm_backward, *arrays[0], arrays[1], *_flat(d_h_0, d_c_0), T, B, H, saved.reverse)
+    return saved.gates, d_h_0, d_c_0
+
+
+# ---------------------------------------------------------------------------------------------- GRU
+
+
+class GRUSaved(NamedTuple):
+    """What `gru_backward` needs.
+
+    gates (T, B, 3H) after their nonlinearity; recurrent_n (T, B, H), W_n h_{t-1} + b_hn; and h_0 (B, H) and
+    output (T, B, H), which hold the states before each step.
+    """
+
+    gates: Float
+    recurrent_n: Float
+    h_0: Float
+    output: Float
+    lengths: Index | None
+    reverse: bool
+
+
+def gru_forward(
+    gates: Float, h_0: Float, weight_hh: Float, *, bias_hn: Float | None = None,
+    lengths: Index | None = None, reverse: bool = False, save: bool = True,
+) -> tuple[Float, Float, GRUSaved | None]:  # fmt: skip
+    """Return output (T, B, H), h_n (B, H) and what the backward scan needs."""
+    T, B, H = gates.shape[0], gates.shape[1], gates.shape[2] // 3
+    output, recurrent_n = (np.empty((T if kept else 0, B, H), gates.dtype) for kept in (True, save))
+    h_n = np.empty((B, H), gates.dtype)
+    bias = np.zeros(H, gates.dtype) if bias_hn is None else bias_hn
+    tiles = _Tiles(T, B, H, 3 * H, lengths)
+    arrays = _flat(gates, h_0, bias), _pack_forward(weight_hh, 3), _flat(output, h_n, recurrent_n)
+    tiles.run(_scans.gru_forward, *arrays[0], arrays[1], *arrays[2], T, B, H, reverse, save)
+    return output, h_n, GRUSaved(gates, recurrent_n, h_0, output, lengths, reverse) if save else None
+
+
+def gru_backward(
+    saved: GRUSaved, weight_hh: Float, d_output: Float, d_h_n: Float
+) -> tuple[Float, Float, Float]:
+    """Return d_gates (T, B, 3H), d_h_0 (B, H) and d_recurrent_n (T, B, H)."""
+    T, B, H = d_output.shape
+    d_h_0 = np.empty_like(d_h_n)
+    tiles = _Tiles(T, B, H, 3 * H, saved.lengths)
+    arrays = _flat(saved.gates, saved.recurrent_n, saved.h_0, saved.output, d_output, d_h_n)
+    tiles.run(_scans.gru_backward, *arrays, _pack_backward(weight_hh), *_flat(d_h_0), T, B, H, saved.reverse)
+    return saved.gates, d_h_0, saved.recurrent_n
+
+
+# ------------------------------------------------------------------------------------------- pieces
+
+
+class _Tiles:
+    """How the work is cut: into equal shares of the sequences, each with the same mix of lengths.
+
+    If there are fewer sequences than threads, into shares of the hidden units instead.
+    """
+
+    def __init__(self, T: int, B: int, H: int, columns: int, lengths: Index | None):
+        work = (T * B if lengths is None else int(lengths.sum())) * H * columns
+        self._threads = thread_limit() if work > _SMALL else 1
+        self._helpers = 0
+        if self._threads > B and B * H * columns > _SMALL_STEP and _team.POSSIBLE:
+            blocks = -(-H // (2 * REGISTER_BYTES // 8))
+            self._helpers = min(self._threads, blocks) - 1
+        tiles = 1 if self._helpers and B else min(self._threads, B)
+        if lengths is None:
+            order = np.arange(B)
+            self._orders = [order[B * k // tiles : B * (k + 1) // tiles] for k in range(tiles)]
+            self._steps = [np.full(part.size, T) for part in self._orders]
+        else:
+            order = np.argsort(-lengths, kind="stable")
+            self._orders = [order[k::tiles].copy() for k in range(tiles)]
+            self._steps = [lengths[part] for part in self._orders]
+        self._room = B * (columns + 128) * 2
+
+    def run(self, scan: Any, *args: Any) -> None:
+        """Run the compiled scan on all tiles."""
+        if not self._helpers:
+            run_tiles(
+                lambda k: scan(self._orders[k], self._steps[k], *args, _NO_TEAM, args[2][:0], True),
+                len(self._orders), self._threads,
+            )  # fmt: skip
+            return
+        team, shared = _team.new_team(self._helpers), np.empty(self._room, args[2].dtype)
+        given = (self._orders[0], self._steps[0], *args, team, shared)
+        with helped(self._helpers, lambda: scan(*given, False), lambda: _team.dissolve(team)):
+            scan(*given, True)
+
+
+def _flat(*arrays: Float) -> list[Float]:
+    """Return 1-D views, as the compiled code takes them, and copies of what cannot be written to.
+
+    Such an array would be of another type for numba, and every mixture of types be compiled anew.
+    """
+    return [(a if a.flags.writeable else a.copy()).reshape(-1) for a in arrays]
+
+
+def _empty_panels(count: int, K: int, H: int, dtype: np.dtype[Any]) -> Float:
+    """Return room for `count` panels (K, lanes) a block of hidden units, at the start of a cache line."""
+    lanes = 2 * REGISTER_BYTES // dtype.itemsize
+    size = count * K * -(-H // lanes) * lanes
+    room = np.empty(size + 64 // dtype.itemsize, dtype)
+    skip = -room.__array_interface__["data"][0] % 64 // dtype.itemsize  # faster than .ctypes.data
+    return room[skip : skip + size]
+
+
+def _pack_forward(weight_hh: Float, gates: int) -> Float:
+    H = weight_hh.shape[1]
+    panels = _empty_panels(gates, H, H, weight_hh.dtype)
+    _pieces.pack_forward(*_flat(weight_hh), gates, H, panels)
+    return panels
+
+
+def _pack_backward(weight_hh: Float) -> Float:
+    K, H = weight_hh.shape
+    panels = _empty_panels(1, K, H, weight_hh.dtype)
+    _pieces.pack_backward(*_flat(weight_hh), K, H, panels)
+    return panels
