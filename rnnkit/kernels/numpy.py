@@ -68,7 +68,7 @@ def rnn_forward(
             if nonlinearity == "tanh":
                 np.tanh(z, y_t)
             else:
-                np.maximum(z, zero, y_t)
+                np.maximum(z, zero, out=y_t)
     states = _after(h, reverse)
     saved = RNNSaved(states, schedule, nonlinearity) if save else None
     return _output(states, schedule), schedule.final(h, h_0), saved
@@ -259,7 +259,7 @@ def gru_forward(
     H, dtype = H3 // 3, gates.dtype
     schedule = Schedule.of(T, B, lengths, reverse)
     gates = schedule.sort_steps(gates)
-    weight = np.ascontiguousarray(weight_hh.T)
+    weight = weight_hh.T.copy()
     np.negative(weight[:, : 2 * H], weight[:, : 2 * H])
     b_hn = np.zeros(H, dtype) if bias_hn is None else bias_hn
     h, initial = np.empty((T + 1, B, H), dtype), schedule.sort(h_0)
