@@ -220,7 +220,7 @@ class Stack(Layer):
         """Return gates (T, B, G*H): the input's share of all time steps at once, with the biases."""
         xp = self._backend.xp
         T, B = x.shape[:2]
-        weight = xp.matrix_transpose(self._params[f"weight_ih{suffix}"])
+        weight = self._params[f"weight_ih{suffix}"].T
         if is_integer(x):
             gates = xp.take(weight, xp.reshape(x, (-1,)), axis=0)
             gates = xp.astype(gates, self._backend.dtype(accumulation_dtype(self._dtype)), copy=False)
@@ -410,7 +410,8 @@ class Stack(Layer):
         return initial_uniform(self._shapes(), 1.0 / math.sqrt(self.hidden_size), resolve_seed(seed))
 
     def _present_state(self, call: SequenceInput, kinds: list[list[Array]]) -> State:
-        stacked = [self._backend.xp.stack(kind) for kind in kinds]
+        stack = self._backend.xp.stack
+        stacked = [kind[0][None, ...] if len(kind) == 1 else stack(kind) for kind in kinds]
         if not call.batched:
             stacked = [kind[:, 0, :] for kind in stacked]
         return stacked[0] if len(stacked) == 1 else tuple(stacked)
