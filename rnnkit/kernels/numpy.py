@@ -125,80 +125,63 @@ def lstm_forward(
     h = np.empty((T + 1, B, h_0.shape[1]), dtype)
     # Without a backward scan one row per sequence holds c: after its last step, the final one.
     c = np.empty((T + 1, B, H), dtype) if save else c_initial.copy()
-    z, m = np.empty((B, H4), dtype), np.empty((B, H), dtype)
-    pairs = None if save else np.empty((2, B, 2, H), dtype)
+    z, g, m = np.empty((B, H4), dtype), np.empty((B, H), dtype), np.empty((B, H), dtype)
     with np.errstate(over="ignore", under="ignore"):  # where exp(-z) is infinite or 0 the gate is 0 or 1
         for run in schedule.runs():
             n = run.live
             _enter(h, h_initial, run)
-            a, h_before, h_after = gates[run.steps, :n], *_cut(run, h)
+            h_before, h_after = _cut(run, h)
             h_factor = h_before if T > 1 else np.negative(h_before)
-            if pairs is None:
+            c_steps = None
+            if save:
                 _enter(c, c_initial, run)
-                _lstm_steps(a, h_factor, h_after, *_cut(run, c), weight, projection, z[:n], m[:n])
-            else:
-                _lstm_steps_lean(a, h_factor, h_after, c[:n], weight, projection, z[:n], m[:n], pairs[:, :n])
+                c_steps = _cut(run, c)
+            _lstm_steps(
+                gates[run.steps, :n], h_factor, h_after, c_steps or (c[:n], c[:n]), save,
+                weight, projection, z[:n], g[:n], m[:n],
+            )  # fmt: skip
     saved = LSTMSaved(gates, c, schedule) if save else None
     c_n = schedule.final(c, c_0) if save else schedule.unsort(c)
     return _output(_after(h, reverse), schedule), schedule.final(h, h_0), c_n, saved
 
 
 def _lstm_steps(
-    gates: Array, h_factor: Array, h_after: Array, c_before: Array, c_after: Array,
-    weight: Array, projection: Array | None, z: Array, m: Array,
+    gates: Array, h_factor: Array, h_after: Array, c: tuple[Array, Array], save: bool,
+    weight: Array, projection: Array | None, z: Array, g: Array, m: Array,
 ) -> None:  # fmt: skip
-    """Fill h_after and c_after (S, n, .), and put the activated gates in place of `gates` (S, n, 4H)."""
+    """Fill h_after (S, n, P) and advance c, (before, after) each step.
+
+    With `save`, c are (S, n, H) and the activated gates come in place of `gates` (S, n, 4H). Without, c is
+    one and the same (n, H), and nothing but h leaves the cache.
+    """
     n, H = m.shape
     dot, one = _dot(n), np.array(1.0, m.dtype)
-    parts = (gates[:, :, cut] for cut in (slice(2 * H), *(slice(k * H, (k + 1) * H) for k in range(4))))
-    steps = zip(gates, *parts, h_factor, h_after, c_before, c_after, strict=True)
-    for a_t, i_f, i, f, g, o, h_t, y_t, c_t, c_next in steps:
+    cuts = [slice(k * H, (k + 1) * H) for k in range(4)]
+    s: Iterable[Array] = gates if save else repeat(z)
+    i, f, minus_g, o = (gates[:, :, cut] if save else repeat(z[:, cut]) for cut in cuts)
+    c_before, c_after = c if save else map(repeat, c)
+    whole = H <= _SHORT_ROW
+    steps = zip(gates, h_factor, h_after, c_before, c_after, s, i, f, minus_g, o, strict=False)
+    for a_t, h_t, y_t, c_t, c_next, s_t, i_t, f_t, g_t, o_t in steps:
         dot(h_t, weight, z)
-        np.subtract(z, a_t, a_t)
-        _logistic_of_minus(i_f, one)
-        _logistic_of_minus(o, one)
-        np.tanh(g, g)  # -g
-        np.multiply(i, g, m)
-        np.multiply(f, c_t, c_next)
-        np.subtract(c_next, m, c_next)
+        np.subtract(z, a_t, s_t)
+        np.tanh(g_t, g)  # -g
+        if whole:
+            _logistic_of_minus(s_t, one)
+        else:
+            _logistic_of_minus(s_t[:, : 2 * H], one)
+            _logistic_of_minus(o_t, one)
+        if save:
+            np.copyto(g_t, g)
+        np.multiply(i_t, g, g)
+        np.multiply(f_t, c_t, c_next)
+        np.subtract(c_next, g, c_next)
         np.tanh(c_next, m)
         if projection is None:
-            np.multiply(o, m, y_t)
+            np.multiply(o_t, m, y_t)
         else:
-            np.multiply(o, m, m)
+            np.multiply(o_t, m, m)
             dot(m, projection, y_t)
-
-
-def _lstm_steps_lean(
-    gates: Array, h_factor: Array, h_after: Array, c: Array,
-    weight: Array, projection: Array | None, z: Array, m: Array, pairs: Array,
-) -> None:  # fmt: skip
-    """Fill h_after (S, n, P) and advance c (n, H); nothing else leaves the cache.
-
-    For small sizes the number of calls decides: with g beside c, and i beside f, one call makes two products.
-    """
-    n, H = c.shape
-    dot, one = _dot(n), np.array(1.0, c.dtype)
-    i_f, z_g, o = z[:, : 2 * H].reshape(n, 2, H), z[:, 2 * H : 3 * H], z[:, 3 * H :]
-    (g_c, products), g, c_t = pairs, pairs[0, :, 0], pairs[0, :, 1]
-    i_g, f_c = products[:, 0], products[:, 1]
-    logistic = (z,) if n * H <= _FEW else (z[:, : 2 * H], o)
-    np.copyto(c_t, c)
-    for a_t, h_t, y_t in zip(gates, h_factor, h_after, strict=True):
-        dot(h_t, weight, z)
-        np.subtract(z, a_t, z)
-        np.tanh(z_g, g)  # -g
-        for part in logistic:
-            _logistic_of_minus(part, one)
-        np.multiply(i_f, g_c, products)
-        np.subtract(f_c, i_g, c_t)
-        np.tanh(c_t, m)
-        if projection is None:
-            np.multiply(o, m, y_t)
-        else:
-            np.multiply(o, m, m)
-            dot(m, projection, y_t)
-    np.copyto(c, c_t)
 
 
 def _lstm_single(a: Array, h_0: Array, c_0: Array, weight_hh: Array) -> tuple[Array, Array]:
@@ -343,7 +326,8 @@ def _gru_steps(
     if recurrent_n is None:
         # As in an LSTM: nothing but the state leaves the cache.
         w_n: Iterable[Array] = repeat(q_n)
-        activated = [repeat(q[:, cut]) for cut in cuts]
+        r_z = np.empty((n, 2 * H), m.dtype)
+        activated = [repeat(part) for part in (r_z, r_z[:, :H], r_z[:, H:], q_n)]
     else:
         w_n, activated = recurrent_n, [gates[:, :, cut] for cut in cuts]
     h_factor = np.negative(h_before) if single else h_before
@@ -429,9 +413,13 @@ def embedding_backward(d_rows: Array, index: Array, num_rows: int) -> Array:
 
 # ------------------------------------------------------------------------------------------- pieces
 
-# Up to so many numbers in a state, calls decide rather than work: three calls of 0.5 us each are then worth
-# more than 1.9 ns an element for a third of the logistic function that nobody needs.
+# Up to so many numbers in a state, the number of calls decides, not their work.
 _FEW = 512
+
+# A call costs 0.1 us for every row that is not followed by the next one. Below this length it is faster to
+# apply the three calls of the logistic function to all of an LSTM's gates, the candidate as well, than to the
+# parts that need it: 28 and 35 us for 32 rows, H = 128 (Zen 3, where an element of them takes 1.9 ns).
+_SHORT_ROW = 256
 
 
 def _logistic_of_minus(z: Array, one: Array) -> None:
