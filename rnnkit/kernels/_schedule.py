@@ -9,6 +9,7 @@ slot T: the state before and the state after a step are neighbours, and no direc
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -160,3 +161,45 @@ class Schedule(NamedTuple):
         last = 0 if self.reverse else self.lengths[:count]
         result[self.rows(count)] = states[last, np.arange(count)]
         return result
+
+
+def enter(states: Array, initial: Array, run: Run) -> None:
+    """Put the initial state of the sequences that begin with this run in front of it."""
+    states[run.before.start, run.entering] = initial[run.entering]
+
+
+def cut(run: Run, states: Array) -> tuple[Array, Array]:
+    """Return the states (S, n, N) before and after each step of the run."""
+    return states[run.before, : run.live], states[run.after, : run.live]
+
+
+def after(states: Array, reverse: bool) -> Array:
+    """Return the states (T, B, N) after each step."""
+    return states[:-1] if reverse else states[1:]
+
+
+def output(states: Array, schedule: Schedule) -> Array:
+    """Return the states after each step as the layer's output."""
+    return states if schedule.lengths is None else schedule.unsort_steps(states, np.empty_like(states))
+
+
+def sorted_copy(d_output: Array, schedule: Schedule) -> Array:
+    """Return d_output (T, B, N) in sorted order, a copy if anything moves."""
+    return d_output if schedule.order is None else schedule.sort_steps(d_output, np.empty_like(d_output))
+
+
+def scratch(parts: int, runs: list[Run], state: Array) -> Array:
+    """Allocate `parts` buffers that hold one state a step for the largest run."""
+    rows = max((run.size * run.live for run in runs), default=0)
+    return np.empty((parts, rows, state.shape[1]), state.dtype)
+
+
+def cut_scratch(work: Array, run: Run) -> Array:
+    """Return the buffers as (parts, S, n, N)."""
+    parts, _, N = work.shape
+    return work[:, : run.size * run.live].reshape(parts, run.size, run.live, N)
+
+
+def backwards(*sequences: Array) -> Iterable[tuple[Array, ...]]:
+    """Iterate over the time steps of all sequences, the last one of the scan first."""
+    return zip(*(sequence[::-1] for sequence in sequences), strict=True)
