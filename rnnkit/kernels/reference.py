@@ -76,7 +76,7 @@ def rnn_forward(
     h, states = h_0, []
     for t in _steps(gates, reverse):
         z = gates[t, :, :] + _as(xp, h, gates.dtype) @ weight
-        h_t = xp.tanh(z) if nonlinearity == "tanh" else xp.where(z > 0, z, xp.zeros_like(z))
+        h_t = xp.tanh(z) if nonlinearity == "tanh" else xp.where(z < 0, xp.zeros_like(z), z)
         h = _advance(xp, t, lengths, _as(xp, h_t, h_0.dtype), h)
         states.append(h)
     all_h = _stack(xp, states, reverse)

@@ -28,7 +28,7 @@ from ._pieces import (
     rows_to_blocks,
     still_active,
 )
-from ._simd import lanes, load, load_part, store, store_part, tanh, where_positive
+from ._simd import lanes, load, load_part, relu, store, store_part, tanh, where_positive
 from ._team import join, meet
 
 
@@ -258,7 +258,7 @@ def gru_backward(
 @compiled  # type: ignore[untyped-decorator]
 def rnn_forward(
     order: Any, steps: Any, gates: Any, h_0: Any, panels: Any, output: Any, h_n: Any, T: int, B: int,
-    H: int, relu: bool, reverse: bool, team: Any, shared: Any, leader: bool,
+    H: int, rectified: bool, reverse: bool, team: Any, shared: Any, leader: bool,
 ) -> None:  # fmt: skip
     """Compute output and h_n."""
     U, b = lanes(gates), order.size
@@ -288,7 +288,7 @@ def rnn_forward(
                 for j in range(first, first + group):
                     n = min(U, H - j * U)
                     a = load_part(gates, row + j * U, n) + load(z, ((j - first) * b + r) * U)
-                    h_new = where_positive(a, a) if relu else tanh(a)
+                    h_new = relu(a) if rectified else tanh(a)
                     store(h, new + r * stride + j * U, h_new)
                     store_part(output, row + j * U, h_new, n)
         meet(team, members, step)
@@ -298,7 +298,7 @@ def rnn_forward(
 @compiled  # type: ignore[untyped-decorator]
 def rnn_backward(
     order: Any, steps: Any, output: Any, d_output: Any, d_h_n: Any, panels: Any, d_gates: Any, d_h_0: Any,
-    T: int, B: int, H: int, relu: bool, reverse: bool, team: Any, shared: Any, leader: bool,
+    T: int, B: int, H: int, rectified: bool, reverse: bool, team: Any, shared: Any, leader: bool,
 ) -> None:  # fmt: skip
     """Compute d_gates and d_h_0."""
     U, b = lanes(d_gates), order.size
@@ -323,7 +323,7 @@ def rnn_backward(
                 n = min(U, H - j * U)
                 h = load_part(output, row + j * U, n)
                 d_a = load(d_h, (j * b + r) * U) + load_part(d_output, row + j * U, n)
-                d_a = where_positive(h, d_a) if relu else d_a * (1.0 - h * h)
+                d_a = where_positive(h, d_a) if rectified else d_a * (1.0 - h * h)
                 store_part(d_gates, row + j * U, d_a, n)
                 store(d_z, now + r * stride + j * U, d_a)
         meet(team, members, step)

@@ -332,6 +332,17 @@ def _tanh64(builder: Any, vector: Vector, x: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def relu(typing: Any, x: Any) -> Any:
+    """Return x where it is not negative, NaN included, and 0 elsewhere."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        zero = ir.Constant(x.llvm, None)
+        return builder.select(builder.fcmp_ordered("<", args[0], zero), zero, args[0])
+
+    return x(x), lower
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def where_positive(typing: Any, condition: Any, value: Any) -> Any:
     """Return `value` where `condition` > 0, and 0 elsewhere (also where the condition is NaN)."""
 

@@ -1,0 +1,391 @@
+"""Every kernel module behind the seam against the reference: the same numbers for every case it claims.
+
+The kernels are called directly, as the layers call them. Tolerances: 2e-6 for what a float32 scan computes
+forward, up to T = 1000, and 1e-12 in float64, absolute where values are at most 1; what can grow (a gradient,
+the state of a relu network, c) is measured against the largest of its entries.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import threading
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rnnkit.kernels import Case, kernels_for, reference
+
+# Module, dtype. A module whose compiler or library is missing is skipped.
+MODULES = [
+    ("numba", "float32"),
+    ("numba", "float64"),
+    ("numpy", "float32"),
+    ("numpy", "float64"),
+]
+TOLERANCE = {"float32": 2e-6, "float64": 1e-12}
+GATES = {"rnn": 1, "lstm": 4, "gru": 3}
+VARIANTS = {
+    "rnn-tanh": ("rnn", {"nonlinearity": "tanh"}),
+    "rnn-relu": ("rnn", {"nonlinearity": "relu"}),
+    "lstm": ("lstm", {}),
+    "lstm-projected": ("lstm", {"weight_hr": True}),
+    "gru": ("gru", {}),
+    "gru-bias": ("gru", {"bias_hn": True}),
+}
+
+
+UNCLAIMED = {("numba", "lstm-projected")}  # what a module refuses by `why_not`
+SERVED = [
+    (*module, variant) for module in MODULES for variant in VARIANTS if (module[0], variant) not in UNCLAIMED
+]
+SERVED_NAMES = sorted({(name, variant) for name, dtype, variant in SERVED if dtype == "float64"})
+
+
+@pytest.fixture(params=SERVED, ids="-".join)
+def served(request):
+    """The name of a module, a dtype and a variant that it serves."""
+    return request.param
+
+
+@pytest.fixture
+def kernel(served):
+    """A kernel module and a dtype that it serves."""
+    return load(served[0]), served[1]
+
+
+@pytest.fixture
+def variant(served):
+    """A variant that the module of `kernel` serves."""
+    return served[2]
+
+
+def load(name: str) -> Any:
+    module = importlib.import_module(f"rnnkit.kernels.{name}")
+    reason = module.why_not("rnn_forward", Case("rnn", "float32", 1))
+    if reason is not None:
+        pytest.skip(f"{name} {reason}")
+    return module
+
+
+# ------------------------------------------------------------------------------------------ a problem
+
+
+class Problem(NamedTuple):
+    """The arguments of one scan there and back, as the layers would make them."""
+
+    cell: str
+    gates: np.ndarray
+    states: list[np.ndarray]
+    weight_hh: np.ndarray
+    options: dict[str, Any]
+    lengths: np.ndarray | None
+    reverse: bool
+    d_output: np.ndarray
+    d_states: list[np.ndarray]
+
+    def forward(self, module: Any, save: bool = True) -> tuple[Any, ...]:
+        scan = getattr(module, f"{self.cell}_forward")
+        return scan(
+            self.gates.copy(), *self.states, self.weight_hh, **self.options,
+            lengths=self.lengths, reverse=self.reverse, save=save,
+        )  # fmt: skip
+
+    def backward(self, module: Any, saved: Any) -> tuple[np.ndarray, ...]:
+        scan = getattr(module, f"{self.cell}_backward")
+        extra = {name: self.options[name] for name in self.options if name == "weight_hr"}
+        return scan(saved, self.weight_hh, self.d_output, *self.d_states, **extra)
+
+    def both(self, module: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return copies of what the forward and the backward scan compute."""
+        *results, saved = self.forward(module)
+        results = [result.copy() for result in results]
+        return results, [gradient.copy() for gradient in self.backward(module, saved)]
+
+    def inputs(self) -> list[np.ndarray]:
+        """Return all arrays that a kernel must leave as they are."""
+        options = [value for value in self.options.values() if isinstance(value, np.ndarray)]
+        lengths = [] if self.lengths is None else [self.lengths]
+        return [*self.states, self.weight_hh, *options, *lengths, self.d_output, *self.d_states]
+
+
+def problem(
+    variant: str, dtype: str, T: int, B: int, H: int, *, ragged: str = "none", reverse: bool = False,
+    seed: int = 0, poison: float = 0.0,
+) -> Problem:  # fmt: skip
+    """Draw a problem; `poison` is what lies in the padding of gates and, for gates alone, of d_output."""
+    cell, wanted = VARIANTS[variant]
+    rng = np.random.default_rng(seed)
+    P = max(1, H // 2) if "weight_hr" in wanted else H
+    # As layers begin, but with twice the spread: gates then reach their nonlinear parts.
+    scale = 2.0 / np.sqrt(H)
+
+    def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
+        return (rng.standard_normal(shape) * scale).astype(dtype)
+
+    options = dict(wanted)
+    if "weight_hr" in wanted:
+        options["weight_hr"] = normal(P, H, scale=1.0 / np.sqrt(H))
+    if "bias_hn" in wanted:
+        options["bias_hn"] = normal(H)
+    lengths = None
+    if ragged != "none":
+        lengths = rng.integers(0, T + 1, B)
+        if ragged == "sorted":
+            lengths = np.sort(lengths)[::-1].copy()
+        if ragged == "zero":
+            lengths = np.zeros(B, np.int64)
+    sizes = (P, H) if cell == "lstm" else (P,)
+    gates, d_output = normal(T, B, GATES[cell] * H), normal(T, B, P)
+    weight_hh = (rng.uniform(-scale, scale, (GATES[cell] * H, P))).astype(dtype) / 2
+    if lengths is not None:
+        padding = np.arange(T)[:, None] >= lengths[None, :]
+        d_output[padding] = poison
+        if poison:
+            gates[padding] = poison
+    return Problem(
+        cell, gates, [normal(B, N) for N in sizes], weight_hh, options, lengths, reverse,
+        d_output, [normal(B, N) for N in sizes],
+    )  # fmt: skip
+
+
+def assert_close(ours: np.ndarray, theirs: np.ndarray, tolerance: float, what: str) -> None:
+    assert ours.shape == theirs.shape, what
+    assert ours.dtype == theirs.dtype, what
+    scale = max(1.0, float(np.max(np.abs(theirs), initial=0.0)))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * scale, err_msg=what)
+
+
+def assert_agrees(case: Problem, module: Any, dtype: str) -> None:
+    """Compare a scan there and back, and the scan without `save`, with the reference."""
+    tolerance = TOLERANCE[dtype]
+    expected, d_expected = case.both(reference)
+    results, gradients = case.both(module)
+    assert len(results) == len(expected)
+    for k, (ours, theirs) in enumerate(zip(results, expected, strict=True)):
+        assert ours.flags.c_contiguous
+        assert_close(ours, theirs, tolerance, f"result {k}")
+    for k, (ours, theirs) in enumerate(zip(gradients, d_expected, strict=True)):
+        assert ours.flags.c_contiguous
+        assert_close(ours, theirs, 2 * tolerance, f"gradient {k}")
+    *lean, nothing = case.forward(module, save=False)
+    assert nothing is None
+    for k, (ours, theirs) in enumerate(zip(lean, expected, strict=True)):
+        assert_close(ours, theirs, tolerance, f"result {k} without save")
+
+
+# ------------------------------------------------------------------------------------------- the tests
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("ragged", ["none", "unsorted", "sorted", "zero"])
+@pytest.mark.parametrize("H", [1, 3, 17, 64, 200])
+def test_agrees_with_the_reference(kernel, variant, H, ragged, reverse):
+    module, dtype = kernel
+    for T, B in itertools.product((1, 2, 9), (0, 1, 2, 5)):
+        case = problem(variant, dtype, T, B, H, ragged=ragged, reverse=reverse, seed=H + 10 * T + B)
+        assert_agrees(case, module, dtype)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    T=st.integers(1, 40), B=st.integers(0, 40),
+    H=st.integers(1, 70), ragged=st.sampled_from(["none", "unsorted"]), reverse=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+@pytest.mark.parametrize(("name", "dtype", "variant"), SERVED)
+def test_agrees_with_the_reference_on_random_problems(name, dtype, variant, T, B, H, ragged, reverse, seed):
+    assert_agrees(
+        problem(variant, dtype, T, B, H, ragged=ragged, reverse=reverse, seed=seed), load(name), dtype
+    )
+
+
+@pytest.mark.parametrize(("T", "B", "H"), [(70, 32, 48), (3, 130, 128), (400, 3, 20)])
+@pytest.mark.parametrize("ragged", ["none", "unsorted"])
+def test_agrees_with_the_reference_beyond_a_block(kernel, variant, T, B, H, ragged):
+    """Kernels may work in blocks of time steps, of rows or of columns; these sizes need several of each."""
+    module, dtype = kernel
+    for reverse in (False, True):
+        assert_agrees(problem(variant, dtype, T, B, H, ragged=ragged, reverse=reverse), module, dtype)
+
+
+@pytest.mark.parametrize("B", [1, 6])
+def test_long_sequences(kernel, variant, B):
+    """Rounding errors may not add up: the same 2e-6 after a thousand steps."""
+    module, dtype = kernel
+    case = problem(variant, dtype, 1000, B, 24, seed=7)
+    for ours, theirs in zip(case.both(module)[0], case.both(reference)[0], strict=True):
+        # A relu state is not bounded by 1, so that its error is relative to its largest value.
+        assert_close(ours, theirs, TOLERANCE[dtype], "after 1000 steps")
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_padding_is_never_read_and_always_zero(kernel, variant, reverse):
+    module, dtype = kernel
+    clean = problem(variant, dtype, 12, 7, 10, ragged="unsorted", reverse=reverse, seed=3)
+    dirty = problem(variant, dtype, 12, 7, 10, ragged="unsorted", reverse=reverse, seed=3, poison=np.nan)
+    padding = np.arange(12)[:, None] >= clean.lengths[None, :]
+    assert padding.any()
+    assert np.isnan(dirty.gates[padding]).all()
+    assert np.isnan(dirty.d_output[padding]).all()
+    for ours, theirs in zip(
+        itertools.chain(*dirty.both(module)), itertools.chain(*clean.both(module)), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    results, gradients = dirty.both(module)
+    sequences = [array for array in [*results, *gradients] if array.ndim == 3]
+    assert len(sequences) >= 2
+    for sequence in sequences:
+        assert not sequence[padding].any()
+    *lean, _ = dirty.forward(module, save=False)
+    for ours, theirs in zip(lean, results, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("value", [-1e4, 1e4, -90.0, 90.0])
+def test_saturated_gates_are_exact_and_silent(kernel, variant, value):
+    """Nothing overflows into NaN, and no warning comes (warnings are errors in this test suite)."""
+    module, dtype = kernel
+    case = problem(variant, dtype, 3, 4, 5)
+    case.gates[...] = value
+    case.weight_hh[...] = 0.0
+    assert_agrees(case, module, dtype)
+
+
+@pytest.mark.parametrize("ragged", ["none", "unsorted", "sorted", "zero"])
+def test_inputs_stay_and_results_are_new(kernel, variant, ragged):
+    module, dtype = kernel
+    for T, reverse in itertools.product((1, 5), (False, True)):
+        case = problem(variant, dtype, T, 4, 6, ragged=ragged, reverse=reverse)
+        inputs = case.inputs()
+        before = [array.copy() for array in inputs]
+        for array in inputs:
+            array.flags.writeable = False
+        *lean, _ = case.forward(module, save=False)
+        *results, saved = case.forward(module)
+        gradients = case.backward(module, saved)
+        for array, copy in zip(inputs, before, strict=True):
+            np.testing.assert_array_equal(array, copy)
+        for result in [*lean, *results, *gradients]:
+            assert not any(np.shares_memory(result, array) for array in inputs)
+        returned = [*results, *gradients]
+        for one, other in itertools.combinations(returned, 2):
+            assert not np.shares_memory(one, other)
+
+
+def test_the_backward_scan_leaves_the_results_alone(kernel, variant):
+    """The output goes to the next layer, whose parameter gradients need it after this layer's way back."""
+    module, dtype = kernel
+    case = problem(variant, dtype, 6, 3, 5, ragged="unsorted")
+    *results, saved = case.forward(module)
+    before = [result.copy() for result in results]
+    case.backward(module, saved)
+    for result, copy in zip(results, before, strict=True):
+        np.testing.assert_array_equal(result, copy)
+
+
+def test_the_same_input_gives_the_same_bits(kernel, variant):
+    module, dtype = kernel
+    for B, ragged in itertools.product((1, 3, 40), ("none", "unsorted")):
+        case = problem(variant, dtype, 20, B, 33, ragged=ragged)
+        first = list(itertools.chain(*case.both(module)))
+        for _ in range(3):
+            for ours, again in zip(first, itertools.chain(*case.both(module)), strict=True):
+                np.testing.assert_array_equal(ours, again)
+
+
+def test_threads_do_not_meet(kernel, variant):
+    module, dtype = kernel
+    cases = [problem(variant, dtype, 30, 5, 16, seed=k) for k in range(4)]
+    alone = [case.both(module)[0][0] for case in cases]
+    failures: list[int] = []
+
+    def repeat(k: int) -> None:
+        for _ in range(10):
+            if not np.array_equal(cases[k].both(module)[0][0], alone[k]):
+                failures.append(k)
+
+    threads = [threading.Thread(target=repeat, args=(k,)) for k in range(len(cases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.parametrize("ragged", ["none", "unsorted"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize(("name", "variant"), SERVED_NAMES)
+def test_gradients_against_central_differences(name, variant, ragged, reverse):
+    """A step in a random direction of all inputs changes <d_results, results> as the gradient says."""
+    module = load(name)
+    seed = int(np.random.SeedSequence().entropy % 2**32)
+    rng = np.random.default_rng(seed)
+    case = problem(variant, "float64", 6, 4, 5, ragged=ragged, reverse=reverse, seed=seed)
+    if case.lengths is not None:
+        case.lengths[:2] = 6, 0  # a full and an empty sequence, whatever was drawn
+        case.d_output[np.arange(6)[:, None] >= case.lengths[None, :]] = 0.0
+    d_gates, *d_states = case.backward(module, case.forward(module)[-1])
+    gradients = [d_gates, *d_states[: len(case.states)]]
+    inputs = [case.gates, *case.states]
+    if "weight_hr" in case.options:
+        gradients.append(d_states[-1])
+        inputs.append(case.options["weight_hr"])
+    if case.cell == "gru" and "bias_hn" in case.options:
+        gradients.append(d_states[-1].sum(axis=(0, 1)))
+        inputs.append(case.options["bias_hn"])
+    directions = [rng.standard_normal(array.shape) for array in inputs]
+
+    def value(step: float) -> float:
+        moved = [array + step * direction for array, direction in zip(inputs, directions, strict=True)]
+        options = dict(case.options)
+        for option in ("weight_hr", "bias_hn"):
+            if option in options:
+                options[option] = moved[-1]
+        there = case._replace(gates=moved[0], states=moved[1 : 1 + len(case.states)], options=options)
+        results = there.forward(module)[:-1]
+        weights = [case.d_output, *case.d_states]
+        return sum(float(np.sum(w * result)) for w, result in zip(weights, results, strict=True))
+
+    expected = (value(1e-6) - value(-1e-6)) / 2e-6
+    actual = sum(float(np.sum(g * direction)) for g, direction in zip(gradients, directions, strict=True))
+    assert actual == pytest.approx(expected, rel=1e-6, abs=1e-8), f"seed {seed}"
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in MODULES}))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_a_module_claims(name, variant):
+    cell, options = VARIANTS[variant]
+    case = Case(cell, "float32", 8, proj_size=3 if "weight_hr" in options else 0)
+    assert (load(name).why_not(f"{cell}_forward", case) is not None) == ((name, variant) in UNCLAIMED)
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in MODULES}))
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("cell", sorted(GATES))
+def test_half_precision_is_refused_with_a_reason(name, dtype, cell):
+    module = load(name)
+    reason = module.why_not(f"{cell}_forward", Case(cell, dtype, 8))
+    assert reason
+    assert len(reason) < 80
+
+
+@pytest.mark.parametrize("cell", sorted(GATES))
+def test_the_seam_takes_the_fast_module(cell, monkeypatch):
+    monkeypatch.delenv("RNNKIT_KERNELS", raising=False)
+    assert kernels_for("numpy", Case(cell, "float32", 8)).modules[f"{cell}_forward"] != "reference"
+    half = kernels_for("numpy", Case(cell, "float16", 8))
+    assert half.modules[f"{cell}_forward"] == "reference"
+    assert half.refused[f"{cell}_forward"]["numpy"]
+
+
+@pytest.mark.parametrize("name", ["numpy"])
+@pytest.mark.parametrize(("rows", "columns", "table"), [(0, 3, 5), (1, 1, 1), (40, 7, 5), (40, 7, 1000)])
+def test_embedding_backward(name, rows, columns, table):
+    rng = np.random.default_rng(0)
+    d_rows, index = rng.standard_normal((rows, columns)), rng.integers(0, table, rows)
+    ours = load(name).embedding_backward(d_rows, index, table)
+    np.testing.assert_allclose(ours, reference.embedding_backward(d_rows, index, table), rtol=0, atol=1e-12)
