@@ -109,6 +109,11 @@ class Backend:
         TypeError
             It is no array, or it lies on another device: rnnkit does not copy between devices by itself.
         """
+        if isinstance(value, np.ndarray) and type(value) not in (np.ndarray, np.memmap):
+            # A matrix multiplies differently, a masked array hides values: not what they look like.
+            raise TypeError(
+                f"{argument} must be a plain array, got {_kind(value)}: pass np.asarray({argument})"
+            )
         if self.owns(value):
             if self.library == "torch" and value.requires_grad and self.xp.is_grad_enabled():
                 raise TypeError(
@@ -129,6 +134,12 @@ class Backend:
             raise TypeError(
                 f"{argument} must lie on the device of backend {self.name!r}, got {_kind(value)} elsewhere; "
                 f"nothing is copied between devices unless you ask: {call}"
+            )
+        if isinstance(value, np.ndarray) and any(stride < 0 for stride in value.strides):
+            # torch's DLPack import ends the process on these.
+            raise TypeError(
+                f"{argument} has negative strides, which cannot be shared with backend {self.name!r}: "
+                f"pass np.ascontiguousarray({argument})"
             )
         try:
             with self.active():
@@ -167,8 +178,10 @@ def resolve_backend(backend: str | Namespace | Backend | None) -> Backend:
     """
     if isinstance(backend, Backend):
         return backend
+    origin = ""
     if backend is None:
         backend = os.environ.get("RNNKIT_BACKEND") or "numpy"
+        origin = " from the environment variable RNNKIT_BACKEND" if os.environ.get("RNNKIT_BACKEND") else ""
     if isinstance(backend, ModuleType):
         return _from_module(backend)
     if not isinstance(backend, str):
@@ -177,9 +190,26 @@ def resolve_backend(backend: str | Namespace | Backend | None) -> Backend:
     if library not in _LIBRARIES or (library == "numpy" and device):
         raise ValueError(
             'backend must be "numpy", "cupy", "cupy:<number>", "torch", "torch:<device>" '
-            f"or an Array API namespace module, got {backend!r}"
+            f"or an Array API namespace module, got {backend!r}{origin}"
         )
     return _LIBRARIES[library](device)
+
+
+def backend_of(array: Array) -> Backend:
+    """Return the backend that an array belongs to, for functions that have no layer.
+
+    Raises
+    ------
+    TypeError
+        It is no array.
+    """
+    if isinstance(array, np.ndarray):
+        return _numpy("")
+    try:
+        xp = namespace_of(array)
+    except TypeError:
+        raise TypeError(f"an array was expected, got {_kind(array)}") from None
+    return _finish(xp.__name__.removeprefix("array_api_compat."), xp, array)
 
 
 def to_numpy(array: Any) -> np.ndarray[Any, Any]:
@@ -286,7 +316,10 @@ def _torch(device: str) -> Backend:
             f"backend {name!r} has no such device here: {_first_line(error)}; install a PyTorch build for it "
             "(https://pytorch.org/get-started/locally), or use backend 'torch:cpu'"
         ) from None
-    return _finish(name, importlib.import_module("array_api_compat.torch"), probe)
+    try:
+        return _finish(name, importlib.import_module("array_api_compat.torch"), probe)
+    except (ValueError, BufferError) as error:  # the meta device, whose tensors hold no numbers
+        raise ValueError(f"backend {name!r} cannot be computed on: {_first_line(error)}") from None
 
 
 def _cupy(device: str) -> Backend:

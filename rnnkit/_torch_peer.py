@@ -71,6 +71,6 @@ def fit_torch(
                 total = sum(peer.loss(batch).item() * batch.num_tokens for batch in batches)
             history.validation_loss.append(total / sum(batch.num_tokens for batch in batches))
             bar.set_postfix_str(f"epoch {epoch + 1}, loss {history.train_loss[-1]:.4f}", refresh=False)
-    model = initial.to("numpy")
-    model.load_params({key: value.detach().numpy() for key, value in peer.named_parameters()})
+    model = initial.to()
+    model.load_params({key: value.detach() for key, value in peer.named_parameters()})
     return history, model

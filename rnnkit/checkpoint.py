@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from ._array import to_numpy
+from ._array import FLOAT_DTYPES, dtype_name, resolve_backend, to_numpy
 from ._version import __version__
 from .layers import Embedding, Linear
 from .model import LanguageModel
 from .parameters import Layer
 from .recurrent import GRU, LSTM, RNN
+from .validation import NO_SEED
 
 _CLASSES: dict[str, type[Layer]] = {
     cls.__name__: cls for cls in (RNN, LSTM, GRU, Linear, Embedding, LanguageModel)
@@ -99,12 +100,14 @@ def rebuild(
     """Make the model that the metadata describe, with these parameters."""
     if metadata.get("format") != _FORMAT or metadata.get("class") not in _CLASSES:
         raise ValueError(f"{path} is a safetensors file, but no model that rnnkit saved")
+    where = resolve_backend(backend)  # before the try: what the caller got wrong is not the file's fault
+    dtype = dtype or metadata.get("dtype")
+    if dtype in FLOAT_DTYPES or dtype != metadata.get("dtype"):
+        where.dtype(dtype_name(dtype))
     try:
         config = json.loads(metadata["config"])
-        model = _CLASSES[metadata["class"]](
-            **config, backend=backend, dtype=dtype or metadata["dtype"], seed=0
-        )  # type: ignore[call-arg]
-    except (KeyError, TypeError, ValueError) as error:
+        model = _CLASSES[metadata["class"]](**config, backend=where, dtype=dtype, seed=NO_SEED)  # type: ignore[call-arg]
+    except (KeyError, TypeError, ValueError, ArithmeticError, MemoryError, RecursionError) as error:
         raise ValueError(f"{path} has a configuration that this version cannot read: {error}") from error
     try:
         model.load_params(arrays)
@@ -117,11 +120,18 @@ def write(path: str | Path, arrays: HostArrays, metadata: dict[str, str]) -> Non
     """Write a safetensors file so that a crash at any moment leaves the old file or the new one."""
     from safetensors.numpy import save as to_bytes
 
+    replace(path, to_bytes(arrays, metadata))
+
+
+def replace(path: str | Path, content: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old content or the new."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
-            file.write(to_bytes(arrays, metadata))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -20,7 +20,7 @@ from .data import EOS, UNK, Vocabulary, counting_language, read_text, split
 from .model import CELLS, LanguageModel
 from .optim import Adam
 from .recurrent import GRU, LSTM, RNN
-from .training import cosine_schedule, evaluate, fit
+from .training import cosine_schedule, device_data, evaluate, fit
 
 # Seed 23 is the first whose training, validation and test sequences all have about the mean length of ten
 # tokens, so that one entropy floor fits all curves of the picture.
@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
         return status
-    except (ValueError, TypeError, FileNotFoundError, IsADirectoryError) as error:
+    except (
+        ValueError, TypeError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError
+    ) as error:  # fmt: skip
         return _fail(args, error, 2)
     except (BackendUnavailableError, FloatingPointError, ImportError, MemoryError) as error:
         return _fail(args, error, 1)
@@ -105,12 +107,13 @@ def _train(args: argparse.Namespace) -> int:
         tokens = read_text(args.data, args.level)
         vocabulary = Vocabulary([tokens], max_size=args.vocab_size)
         parts = split(vocabulary.encode(tokens))
-    special = {"forget_bias": args.forget_bias} if args.cell == "lstm" else {}
     model = LanguageModel(
         len(vocabulary), args.hidden_size, args.cell, args.num_layers, args.embedding_dim,
         dropout=args.dropout, tokens=vocabulary.tokens, backend=args.backend, dtype=args.dtype,
-        seed=args.seed, **special,
+        seed=args.seed, forget_bias=args.forget_bias,
     )  # fmt: skip
+    # Before training, so that a test part that is too short is not found after it.
+    test = device_data(parts[2], model, args.batch_size, args.window, "test")
     history = fit(
         model, parts[0], parts[1], epochs=args.epochs, batch_size=args.batch_size,
         optimizer=Adam(args.lr, weight_decay=args.weight_decay), clip_norm=args.clip_norm,
@@ -120,7 +123,7 @@ def _train(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("matplotlib"):
         history.plot(Path(args.out) / "loss.png", title=f"{args.cell.upper()} on {args.data}")
     print(f"best epoch {history.best_epoch} of {history.epochs}")
-    for name, part in zip(("training", "validation", "test"), parts, strict=True):
+    for name, part in zip(("training", "validation", "test"), (parts[0], parts[1], test), strict=True):
         result = evaluate(model, part, batch_size=args.batch_size, window=args.window)
         print(f"{name:10s}  loss {result.loss:.4f} nats a token, accuracy {100 * result.accuracy:.1f} %")
     print(f"written to {args.out}: best.safetensors, last.safetensors, history.json")
@@ -133,6 +136,7 @@ def _generate(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.model} holds no language model with tokens, as rnnkit train writes them")
     vocabulary = Vocabulary.from_tokens(model.tokens)
     characters = all(len(token) == 1 for token in vocabulary.tokens if token not in (EOS, UNK))
+    characters = characters and (" " in vocabulary or " " not in args.prompt)
     prompt = list(args.prompt) if characters else args.prompt.split()
     stop = None if args.go_on else vocabulary.eos
     numbers = model.generate(

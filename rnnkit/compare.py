@@ -5,19 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ._array import to_numpy
+from ._array import resolve_backend, to_numpy
 from ._random import derive_seed
 from ._version import __version__
-from .checkpoint import load
+from .checkpoint import load, replace
 from .data import Sequences, Vocabulary, counting_language, split
-from .model import LanguageModel
+from .model import CELLS, LanguageModel
 from .optim import Adam
 from .plotting import Curve, plot_losses
 from .training import History, cosine_schedule, evaluate, fit
@@ -93,7 +92,14 @@ def compare(
         "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "eps": eps,
         "clip_norm": clip_norm, "forget_bias": forget_bias, "seed": seed, "dtype": dtype, "torch": torch_peer,
     }  # fmt: skip
-    folder = _open(Path(out), settings, restart)
+    if torch_peer and "lstm" not in cells:
+        raise ValueError(
+            f"torch's LSTM needs ours beside it: cells must contain 'lstm', got {','.join(cells)}"
+        )
+    # All that can be refused is refused before anything on disk is touched.
+    resolve_backend(backend).dtype(dtype)
+    folder = Path(out)
+    _check_folder(folder, settings, restart)
     sequences = counting_language(num_sequences, max_n, seed)
     vocabulary = Vocabulary(sequences)
     encoded = [vocabulary.encode(sequence) for sequence in sequences]
@@ -104,6 +110,7 @@ def compare(
     parts["fresh"] = [vocabulary.encode(sequence) for sequence in fresh]
     floors = {name: entropy_floor(part, max_n) for name, part in parts.items()}
 
+    _open(folder, settings, restart)
     models: dict[str, LanguageModel] = {}
     histories: dict[str, History] = {}
     training: dict[str, Any] = {
@@ -155,7 +162,7 @@ def compare(
     curves = {name: Curve(history.train_loss, history.validation_loss) for name, history in histories.items()}
     title = rf"$a^n b^n$, n = 1..{max_n}: {len(parts['train'])} training sequences, hidden size {hidden_size}"
     plot_losses(curves, folder / "loss.png", floor=floors["validation"], title=title)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    replace(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
     (folder / _UNFINISHED).unlink(missing_ok=True)
     example = parts["test"][0]
     shown = "LSTM" if "LSTM" in models else next(iter(models))
@@ -227,20 +234,36 @@ def _measure(
     }
 
 
-def _open(folder: Path, settings: dict[str, Any], restart: bool) -> Path:
-    """Make the folder ready: go on with an unfinished comparison of the same settings, else begin anew."""
-    marker = folder / _UNFINISHED
-    if marker.exists() and not restart:
-        if json.loads(marker.read_text()) == settings:
-            return folder
+def _unfinished(folder: Path) -> Any:
+    """Return the settings of the unfinished comparison in the folder, or None if there is none."""
+    try:
+        return json.loads((folder / _UNFINISHED).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return "unreadable"
+
+
+def _check_folder(folder: Path, settings: dict[str, Any], restart: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out must be a folder, and {folder} is a file")
+    if not restart and _unfinished(folder) not in (None, settings):
         raise ValueError(
             f"{folder} holds an unfinished comparison with other settings: "
             "repeat it with the same settings, discard it with --restart, or choose another --out"
         )
+
+
+def _open(folder: Path, settings: dict[str, Any], restart: bool) -> None:
+    """Make the folder ready: go on with the unfinished comparison that is there, else begin anew."""
+    if not restart and _unfinished(folder) is not None:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    for cell in ("rnn", "lstm", "gru"):
-        shutil.rmtree(folder / cell, ignore_errors=True)
+    # Only what a comparison writes goes; whatever else lies in the folder stays.
+    files = ("checkpoint.safetensors", "last.safetensors", "best.safetensors", "history.json")
+    for cell in CELLS:
+        for name in files:
+            (folder / cell / name).unlink(missing_ok=True)
     for name in ("metrics.json", "loss.png"):
         (folder / name).unlink(missing_ok=True)
-    marker.write_text(json.dumps(settings))
-    return folder
+    replace(folder / _UNFINISHED, json.dumps(settings).encode())

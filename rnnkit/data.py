@@ -185,7 +185,7 @@ def split(items: Any, fractions: Sequence[float] = (0.8, 0.1, 0.1)) -> tuple[Any
     ValueError
         The fractions are negative or do not sum to 1.
     """
-    if min(fractions) < 0.0 or abs(sum(fractions) - 1.0) > 1e-9:
+    if not len(fractions) or not min(fractions) >= 0.0 or not abs(sum(fractions) - 1.0) <= 1e-9:
         raise ValueError(f"fractions must be at least 0 and sum to 1, got {tuple(fractions)}")
     ends = [round(len(items) * sum(fractions[: k + 1])) for k in range(len(fractions))]
     return tuple(items[start:end] for start, end in zip([0, *ends], ends, strict=False))
@@ -240,6 +240,8 @@ class Sequences:
     ----------
     fingerprint : str
         The same for the same data.
+    token_range : (int, int)
+        The least and the greatest token.
     """
 
     def __init__(self, sequences: Sequence[Any], asarray: Callable[[Any], Array]):
@@ -259,6 +261,7 @@ class Sequences:
         self._tokens = asarray(padded)
         self._asarray = asarray
         self.fingerprint = _fingerprint(padded, self.lengths)
+        self.token_range = min(int(a.min()) for a in arrays), max(int(a.max()) for a in arrays)
 
     def batches(self, batch_size: int, seed: int | None = None, label: str = "") -> Iterator[Batch]:
         """Yield all sequences once, in random order if there is a seed."""
@@ -267,8 +270,9 @@ class Sequences:
         for start in range(0, N, batch_size):
             chosen = order[start : start + batch_size]
             lengths = self.lengths[chosen]
-            columns = namespace_of(self._tokens).take(self._tokens, self._asarray(chosen), axis=1)
             T = int(lengths.max())
+            rows = self._tokens[: T + 1, :]
+            columns = namespace_of(rows).take(rows, self._asarray(chosen), axis=1)
             inputs, targets = columns[:T, :], columns[1 : T + 1, :]
             ragged = None if lengths.min() == lengths.max() else lengths
             yield Batch(inputs, targets, ragged, False, int(lengths.sum()))
@@ -306,6 +310,7 @@ class Stream:
         self._tokens = asarray(np.stack(columns, axis=1).astype(np.int64))
         self._rows, self._window = rows, window
         self.fingerprint = _fingerprint(tokens.astype(np.int64))
+        self.token_range = int(tokens.min()), int(tokens.max())
 
     def batches(self, batch_size: int, seed: int | None = None, label: str = "") -> Iterator[Batch]:
         """Yield the windows in order; a stream has only one, whatever the seed."""

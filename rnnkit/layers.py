@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ._array import matmul, namespace_of
+from ._array import accumulation_dtype, matmul, namespace_of
 from ._random import dropout_scale
 from ._typing import Array
 from .kernels import Case, kernels_for
@@ -41,12 +41,12 @@ class Linear(Layer):
         self.in_features = check_size("in_features", in_features)
         self.out_features = check_size("out_features", out_features)
         self.bias = bool(bias)
-        config = {"in_features": in_features, "out_features": out_features, "bias": self.bias}
+        config = {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias}
         super().__init__(config, backend, dtype)
-        shapes: dict[str, tuple[int, ...]] = {"weight": (out_features, in_features)}
+        shapes: dict[str, tuple[int, ...]] = {"weight": (self.out_features, self.in_features)}
         if self.bias:
-            shapes["bias"] = (out_features,)
-        initial = initial_uniform(shapes, 1.0 / math.sqrt(in_features), resolve_seed(seed))
+            shapes["bias"] = (self.out_features,)
+        initial = initial_uniform(shapes, 1.0 / math.sqrt(self.in_features), resolve_seed(seed))
         self._params = create(self._backend, self._dtype, initial)
 
     def __call__(self, x: Array) -> Array:
@@ -60,7 +60,10 @@ class Linear(Layer):
             return xp.reshape(xp.astype(y, x.dtype, copy=False), (*x.shape[:-1], self.out_features))
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
-        """Return y and the function that turns d_y into `Gradients`; two matrix products."""
+        """Return y and the function that turns d_y into `Gradients`; two matrix products.
+
+        Until it is called neither x nor the parameters may be changed in place.
+        """
         x = self._accept(x)
         y = self(x)
 
@@ -73,7 +76,8 @@ class Linear(Layer):
                 rows = xp.reshape(x, (-1, self.in_features))
                 d_params = {"weight": matmul(xp.matrix_transpose(d_y), rows)}
                 if self.bias:
-                    d_params["bias"] = xp.sum(d_y, axis=0)
+                    wide = self._backend.dtype(accumulation_dtype(self._dtype))
+                    d_params["bias"] = xp.sum(xp.astype(d_y, wide, copy=False), axis=0)
                 d_x = xp.astype(matmul(d_y, self._params["weight"]), x.dtype, copy=False)
                 return Gradients(xp.reshape(d_x, x.shape), join(d_params, x.dtype))
 
@@ -110,8 +114,10 @@ class Embedding(Layer):
     ):  # fmt: skip
         self.num_embeddings = check_size("num_embeddings", num_embeddings)
         self.embedding_dim = check_size("embedding_dim", embedding_dim)
-        super().__init__({"num_embeddings": num_embeddings, "embedding_dim": embedding_dim}, backend, dtype)
-        initial = initial_normal({"weight": (num_embeddings, embedding_dim)}, resolve_seed(seed))
+        config = {"num_embeddings": self.num_embeddings, "embedding_dim": self.embedding_dim}
+        super().__init__(config, backend, dtype)
+        shapes = {"weight": (self.num_embeddings, self.embedding_dim)}
+        initial = initial_normal(shapes, resolve_seed(seed))
         self._params = create(self._backend, self._dtype, initial)
 
     def __call__(self, tokens: Array) -> Array:

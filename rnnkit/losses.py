@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ._array import accumulation_dtype, dtype_name, is_integer, namespace_of
+from ._array import Backend, accumulation_dtype, backend_of, dtype_name, is_integer
 from ._typing import Array
-from .validation import padding_mask
+from .validation import check_lengths, check_tokens, padding_mask
 
 
 def softmax_cross_entropy(
-    logits: Array, targets: Array, *, mask: Array | None = None, lengths: Array | None = None
+    logits: Array, targets: Array, *, mask: Array | None = None, lengths: Any = None
 ) -> tuple[Array, Array]:
     """Return the mean negative log-likelihood of the targets and its gradient.
 
@@ -23,7 +23,7 @@ def softmax_cross_entropy(
         Where they do not count, they may be anything.
     mask : array (...) of booleans, optional
         Which targets count.
-    lengths : array (B,) of integers, optional
+    lengths : array or list of B integers in [0, T], optional
         Instead of a mask, for logits (T, B, V): the targets that count of each sequence.
 
     Returns
@@ -40,22 +40,21 @@ def softmax_cross_entropy(
     TypeError
         Targets are not integers.
     """
-    xp = namespace_of(logits)
+    backend = backend_of(logits)
+    xp, targets = backend.xp, backend.accept(targets, "targets")
     if logits.ndim < 1 or tuple(targets.shape) != tuple(logits.shape[:-1]):
         raise ValueError(f"targets must have shape {tuple(logits.shape[:-1])}, got {tuple(targets.shape)}")
     if not is_integer(targets):
         raise TypeError(f"targets must be integers, got dtype {targets.dtype}")
     V = logits.shape[-1]
-    targets = xp.reshape(targets, (-1,))
-    counts = _counted(xp, mask, lengths, logits.shape[:-1], logits)
+    targets = xp.astype(xp.reshape(targets, (-1,)), xp.int64, copy=False)
+    counts = _counted(backend, mask, lengths, logits.shape[:-1])
     if counts is not None:
         targets = xp.where(counts, targets, xp.zeros_like(targets))
     z = xp.astype(xp.reshape(logits, (-1, V)), _accumulation(xp, logits), copy=False)
     if math.prod(z.shape) == 0:
         return xp.zeros((), dtype=z.dtype, device=z.device), xp.zeros_like(logits)
-    if _on_host(targets) and (int(xp.min(targets)) < 0 or int(xp.max(targets)) >= V):
-        low, high = int(xp.min(targets)), int(xp.max(targets))
-        raise ValueError(f"targets must lie in [0, V={V}), got {low if low < 0 else high}")
+    check_tokens("targets", targets, V, backend.on_host)
 
     z = z - xp.max(z, axis=-1, keepdims=True)
     exp_z = xp.exp(z)
@@ -72,7 +71,7 @@ def softmax_cross_entropy(
 
 
 def mean_squared_error(
-    prediction: Array, target: Array, *, mask: Array | None = None, lengths: Array | None = None
+    prediction: Array, target: Array, *, mask: Array | None = None, lengths: Any = None
 ) -> tuple[Array, Array]:
     """Return the mean of (prediction - target)**2 and its gradient with respect to the prediction.
 
@@ -82,7 +81,7 @@ def mean_squared_error(
         Of the same shape and dtype.
     mask : array (...) of booleans, optional
         Which vectors of N numbers count.
-    lengths : array (B,) of integers, optional
+    lengths : array or list of B integers in [0, T], optional
         Instead of a mask, for a prediction (T, B, N).
 
     Returns
@@ -96,12 +95,13 @@ def mean_squared_error(
     ValueError
         Shapes differ.
     """
-    xp = namespace_of(prediction)
+    backend = backend_of(prediction)
+    xp, target = backend.xp, backend.accept(target, "target")
     if prediction.ndim < 1 or tuple(target.shape) != tuple(prediction.shape):
         raise ValueError(f"target must have shape {tuple(prediction.shape)}, got {tuple(target.shape)}")
     N = prediction.shape[-1]
     dtype = _accumulation(xp, prediction)
-    counts = _counted(xp, mask, lengths, prediction.shape[:-1], prediction)
+    counts = _counted(backend, mask, lengths, prediction.shape[:-1])
     error = xp.reshape(xp.astype(prediction, dtype) - xp.astype(target, dtype), (-1, N))
     if math.prod(error.shape) == 0:
         return xp.zeros((), dtype=dtype, device=prediction.device), xp.zeros_like(prediction)
@@ -110,21 +110,20 @@ def mean_squared_error(
     return loss, xp.reshape(xp.astype(d_prediction, prediction.dtype, copy=False), prediction.shape)
 
 
-def _counted(xp: Any, mask: Any, lengths: Any, shape: tuple[int, ...], like: Array) -> Array | None:
+def _counted(backend: Backend, mask: Any, lengths: Any, shape: tuple[int, ...]) -> Array | None:
     """Return which of the flattened positions count, or None for all."""
     if mask is not None and lengths is not None:
         raise ValueError("give mask or lengths, not both")
     if lengths is not None:
-        if len(shape) != 2 or tuple(lengths.shape) != (shape[1],):
-            raise ValueError(
-                f"lengths must have shape (B,) for a batch (T, B), got {tuple(lengths.shape)} for {shape}"
-            )
-        mask = padding_mask(shape[0], lengths)
+        if len(shape) != 2:
+            raise ValueError(f"lengths needs a batch (T, B, .), got {len(shape) + 1} axes")
+        mask = padding_mask(shape[0], check_lengths(lengths, backend, *shape))
     if mask is None:
         return None
+    mask = backend.accept(mask, "mask")
     if tuple(mask.shape) != tuple(shape):
         raise ValueError(f"mask must have shape {tuple(shape)}, got {tuple(mask.shape)}")
-    return xp.reshape(xp.astype(mask, xp.bool, copy=False), (-1,))
+    return backend.xp.reshape(backend.xp.astype(mask, backend.xp.bool, copy=False), (-1,))
 
 
 def _mean(xp: Any, losses: Array, counts: Array | None) -> tuple[Array, Any]:
@@ -144,7 +143,3 @@ def _weighted(xp: Any, d: Array, counts: Array | None, scale: Any) -> Array:
 
 def _accumulation(xp: Any, array: Array) -> Any:
     return getattr(xp, accumulation_dtype(dtype_name(array.dtype)))
-
-
-def _on_host(array: Array) -> bool:
-    return bool(array.__dlpack_device__()[0] == 1)

@@ -14,7 +14,17 @@ from .layers import Embedding, Linear
 from .parameters import Gradients, Layer, ParameterDict, join
 from .recurrent import GRU, LSTM, RNN
 from .stack import Stack, State
-from .validation import check_lengths, check_probability, check_size, resolve_seed, zero_padding
+from .validation import (
+    NO_SEED,
+    check_float,
+    check_lengths,
+    check_number,
+    check_probability,
+    check_size,
+    check_tokens,
+    resolve_seed,
+    zero_padding,
+)
 
 CELLS: dict[str, type[Stack]] = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
 
@@ -79,16 +89,22 @@ class LanguageModel(Layer):
         self.tokens = None if tokens is None else tuple(tokens)
         if self.tokens is not None and len(self.tokens) != vocab_size:
             raise ValueError(f"tokens must be vocab_size={vocab_size} strings, got {len(self.tokens)}")
+        if embedding_dim is not None:
+            embedding_dim = check_size("embedding_dim", embedding_dim)
         config = {
-            "vocab_size": vocab_size, "hidden_size": hidden_size, "cell": cell, "num_layers": num_layers,
-            "embedding_dim": embedding_dim, "dropout": self.dropout, "proj_size": proj_size,
-            "forget_bias": forget_bias, "tokens": self.tokens,
+            "vocab_size": self.vocab_size, "hidden_size": check_size("hidden_size", hidden_size),
+            "cell": cell, "num_layers": check_size("num_layers", num_layers),
+            "embedding_dim": embedding_dim, "dropout": self.dropout,
+            "proj_size": check_size("proj_size", proj_size, least=0),
+            "forget_bias": None if forget_bias is None else check_number("forget_bias", forget_bias),
+            "tokens": self.tokens,
         }  # fmt: skip
         super().__init__(config, backend, dtype)
         seed = resolve_seed(seed)
 
         def place(part: str) -> dict[str, Any]:
-            return {"backend": self._backend, "dtype": self._dtype, "seed": derive_seed(seed, part)}
+            own = NO_SEED if seed is NO_SEED else derive_seed(seed, part)
+            return {"backend": self._backend, "dtype": self._dtype, "seed": own}
 
         special: dict[str, Any] = {}
         if cell == "lstm":
@@ -131,8 +147,8 @@ class LanguageModel(Layer):
             As `LSTM` does.
         """
         with self._backend.active():
-            tokens, clean = self._check_tokens(tokens, lengths)
-            x = tokens if self.embedding is None else self.embedding(clean)
+            tokens = self._check_tokens(tokens, lengths)
+            x = tokens if self.embedding is None else self.embedding(tokens)
             output, state = self.rnn(x, state, lengths=lengths)
             return self.linear(output), state
 
@@ -148,10 +164,12 @@ class LanguageModel(Layer):
             raise ValueError("vjp needs seed= when dropout > 0: the same seed gives the same masks")
         seed = resolve_seed(seed)
         with self._backend.active():
-            tokens, clean = self._check_tokens(tokens, lengths)
+            tokens = self._check_tokens(tokens, lengths)
+            if lengths is not None:
+                lengths = check_lengths(lengths, self._backend, *tokens.shape)
             x, pull_embedding, scale_x = tokens, None, None
             if self.embedding is not None:
-                x, pull_embedding = self.embedding.vjp(clean)
+                x, pull_embedding = self.embedding.vjp(tokens)
                 x, scale_x = self._drop(x, seed, "embedding")
             (output, final), pull_rnn = self.rnn.vjp(x, state, lengths=lengths, seed=seed)
             output, scale_output = self._drop(output, seed, "output")
@@ -159,6 +177,10 @@ class LanguageModel(Layer):
 
         def pullback(d_logits: Array, d_state: State = None) -> Gradients:
             with self._backend.active():
+                if lengths is not None:
+                    shape = tuple(logits.shape)
+                    d_logits = check_float("d_logits", d_logits, shape, self._backend, self._dtype)
+                    d_logits = zero_padding(d_logits, lengths)
                 linear = pull_linear(d_logits)
                 d_output = linear.x if scale_output is None else linear.x * scale_output
                 rnn = pull_rnn(d_output, d_state)
@@ -212,7 +234,8 @@ class LanguageModel(Layer):
         if not temperature >= 0.0:
             raise ValueError(f"temperature must not be negative, got {temperature}")
         seed = resolve_seed(seed)
-        logits, state = self(self.asarray(np.asarray(prompt, np.int64)[:, None]))
+        numbers = check_tokens("prompt", np.asarray(prompt), self.vocab_size, on_host=True)
+        logits, state = self(self.asarray(numbers[:, None]))
         logits = logits[-1, ...]
         result: list[int] = []
         for k in range(check_size("num_tokens", num_tokens, least=0)):
@@ -222,7 +245,7 @@ class LanguageModel(Layer):
                 noise = uniform(np, self.vocab_size, seed, f"token{k}")
                 scores = scores / temperature - np.log(-np.log(noise + 2.0**-25))
             result.append(int(np.argmax(scores)))
-            if result[-1] == stop:
+            if result[-1] == stop or k == num_tokens - 1:
                 break
             logits, state = self.step(self.asarray([result[-1]]), state)
         return result
@@ -231,18 +254,17 @@ class LanguageModel(Layer):
         """Say which kernels serve the recurrent layer, and why not faster ones."""
         return self.rnn.explain()
 
-    def _check_tokens(self, tokens: Any, lengths: Any) -> tuple[Array, Array]:
-        """Return the tokens as given and, for the embedding, with padding replaced by token 0."""
+    def _check_tokens(self, tokens: Any, lengths: Any) -> Array:
+        """Return the tokens, with padding replaced by token 0."""
         tokens = self._backend.accept(tokens, "tokens")
         if tokens.ndim != 2 or not is_integer(tokens):
             raise ValueError(
                 "tokens must be integers of shape (T, B), "
                 f"got dtype {tokens.dtype} and shape {tuple(tokens.shape)}"
             )
-        if lengths is None or self.embedding is None:
-            return tokens, tokens
-        T, B = tokens.shape
-        return tokens, zero_padding(tokens, check_lengths(lengths, self._backend, T, B))
+        if lengths is not None:
+            tokens = zero_padding(tokens, check_lengths(lengths, self._backend, *tokens.shape))
+        return check_tokens("tokens", tokens, self.vocab_size, self._backend.on_host)
 
     def _drop(self, x: Array, seed: int, label: str) -> tuple[Array, Array | None]:
         if not self.dropout:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._array import namespace_of
+from ._array import accumulation_dtype, dtype_name, namespace_of
 from ._typing import Array
 from .parameters import ParameterDict
+from .validation import check_number
 
 
 class Optimizer:
@@ -41,6 +42,13 @@ class Optimizer:
         ValueError
             They are not the parameters and gradients of the same layer.
         """
+        for argument, value in (("params", params), ("grads", grads)):
+            if not isinstance(value, ParameterDict):
+                raise TypeError(
+                    f"{argument} must be a ParameterDict, such as layer.params, got {type(value).__name__}"
+                )
+        if type(params.flat) is not type(grads.flat):
+            raise TypeError("params and grads must be arrays of the same library")
         if params.shapes != grads.shapes:
             raise ValueError(
                 f"grads must have the names and shapes of params, got {list(grads)} for {list(params)}"
@@ -48,7 +56,15 @@ class Optimizer:
         if self.state and next(iter(self.state.values())).shape != params.flat.shape:
             raise ValueError("this optimiser's state belongs to other parameters: make a new optimiser")
         self.steps += 1
-        self._step(params.flat, grads.flat)
+        xp, flat = namespace_of(params.flat), params.flat
+        wide = _accumulation(flat)
+        if wide == flat.dtype:
+            self._step(flat, grads.flat)
+            return
+        # Half precision: eps would be 0 and squares would overflow; only the parameters are rounded.
+        updated = xp.astype(flat, wide)
+        self._step(updated, xp.astype(grads.flat, wide))
+        flat[...] = xp.astype(updated, flat.dtype)
 
     def _step(self, flat: Array, d_flat: Array) -> None:
         raise TypeError("Optimizer is the base of SGD and Adam: use one of those")
@@ -170,18 +186,24 @@ def clip_grad_norm(grads: ParameterDict, max_norm: float) -> Array:
     R. Pascanu, T. Mikolov, Y. Bengio, "On the difficulty of training recurrent neural networks", ICML
     (2013). The formula is torch.nn.utils.clip_grad_norm_'s.
     """
+    if not isinstance(grads, ParameterDict):
+        raise TypeError(f"grads must be a ParameterDict, from a pullback, got {type(grads).__name__}")
     if not max_norm > 0.0:
         raise ValueError(f"max_norm must be positive, got {max_norm}")
     xp, flat = namespace_of(grads.flat), grads.flat
-    norm = xp.linalg.vector_norm(flat)
+    norm = xp.linalg.vector_norm(xp.astype(flat, _accumulation(flat), copy=False))
     scale = max_norm / (norm + 1e-6)
-    flat *= xp.where(scale < 1.0, scale, xp.ones_like(scale))
+    scale = xp.where(scale < 1.0, scale, xp.ones_like(scale))
+    flat *= xp.astype(scale, flat.dtype, copy=False)
     return norm
 
 
+def _accumulation(flat: Array) -> Any:
+    return getattr(namespace_of(flat), accumulation_dtype(dtype_name(flat.dtype)))
+
+
 def _non_negative(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+    value = check_number(name, value)
     if not 0.0 <= value < float("inf"):
         raise ValueError(f"{name} must be finite and not negative, got {value}")
-    return float(value)
+    return value

@@ -11,6 +11,7 @@ import numpy as np
 from ._array import Backend, dtype_name, is_integer, namespace_of, resolve_backend, to_numpy
 from ._random import uniform
 from ._typing import Array
+from .validation import NO_SEED
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -101,6 +102,8 @@ def initial_uniform(shapes: Shapes, bound: float, seed: int) -> dict[str, np.nda
 
     torch's default for recurrent and linear layers, there with ``bound = 1 / sqrt(size)``.
     """
+    if seed is NO_SEED:
+        return {name: np.zeros(shape) for name, shape in shapes.items()}
     return {
         name: ((2.0 * uniform(np, math.prod(shape), seed, name) - 1.0) * bound).reshape(shape)
         for name, shape in shapes.items()
@@ -109,6 +112,8 @@ def initial_uniform(shapes: Shapes, bound: float, seed: int) -> dict[str, np.nda
 
 def initial_normal(shapes: Shapes, seed: int) -> dict[str, np.ndarray[Any, Any]]:
     """Return each parameter standard normal, by the Box-Muller transform: torch's default for embeddings."""
+    if seed is NO_SEED:
+        return {name: np.zeros(shape) for name, shape in shapes.items()}
     result = {}
     for name, shape in shapes.items():
         u, v = uniform(np, 2 * math.prod(shape), seed, name).reshape(2, -1)
@@ -151,12 +156,18 @@ def load_into(params: ParameterDict, values: Mapping[str, Any], backend: Backend
             raise ValueError(f"{name} must have shape {tuple(parameter.shape)}, got {tuple(value.shape)}")
         if is_integer(value) or not xp.isdtype(value.dtype, "real floating"):
             raise TypeError(f"{name} must hold floating-point numbers, got dtype {value.dtype}")
-        if not bool(xp.all(xp.isfinite(value))):
-            raise ValueError(f"{name} holds NaN or infinite values")
-        checked[name] = value if backend.owns(value) else backend.asarray(value, dtype)
+        with np.errstate(over="ignore"):  # what overflows in this dtype is found below
+            if backend.owns(value):
+                # A copy: the values may be views of these very parameters. A torch parameter is detached.
+                value = value.detach() if backend.library == "torch" else value
+                value = backend.xp.astype(value, parameter.dtype, copy=True)
+            else:
+                value = backend.asarray(value, dtype)
+        if not bool(backend.xp.all(backend.xp.isfinite(value))):
+            raise ValueError(f"{name} holds NaN or infinite values in {dtype}")
+        checked[name] = value
     for name, parameter in params.items():
-        xp = namespace_of(parameter)
-        parameter[...] = xp.astype(checked[name], parameter.dtype, copy=False)
+        parameter[...] = checked[name]
 
 
 class Layer:
@@ -264,6 +275,10 @@ class Layer:
 
 
 def _rebuild(cls: Any, config: Mapping[str, Any], backend: Any, dtype: Any, flat: Any) -> Any:
-    layer = cls(**config, backend=backend, dtype=dtype, seed=0)
-    layer.params.flat[...] = layer._backend.asarray(flat, layer.dtype)
+    layer = cls(**config, backend=backend, dtype=dtype, seed=NO_SEED)
+    with np.errstate(over="ignore"):
+        moved = layer._backend.asarray(flat, layer.dtype)
+    if np.all(np.isfinite(flat)) and not np.all(np.isfinite(to_numpy(moved))):
+        raise ValueError(f"the parameters do not fit into {layer.dtype}: some would become infinite")
+    layer.params.flat[...] = moved
     return layer

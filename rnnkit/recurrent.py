@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from ._array import accumulation_dtype
 from ._typing import Array
 from .parameters import create
 from .stack import Scanned, Stack, State
-from .validation import SequenceInput
+from .validation import SequenceInput, check_number, check_size
 
 
 class LSTM(Stack):
@@ -98,7 +99,8 @@ class LSTM(Stack):
     ):  # fmt: skip
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, backend, dtype,
-            proj_size=proj_size, forget_bias=forget_bias,
+            proj_size=check_size("proj_size", proj_size, least=0),
+            forget_bias=None if forget_bias is None else _finite("forget_bias", forget_bias),
         )  # fmt: skip
         initial = self._initial(seed)
         if forget_bias is not None:
@@ -237,3 +239,10 @@ class RNN(Stack):
 
     def _scan_options(self, suffix: str) -> dict[str, Any]:
         return {"nonlinearity": self.nonlinearity}
+
+
+def _finite(name: str, value: Any) -> float:
+    number = check_number(name, value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return number

@@ -133,7 +133,9 @@ class Stack(Layer):
             raise ValueError("vjp needs seed= when dropout > 0: the same seed gives the same masks")
         with self._backend.active():
             call = self._check(x, lengths, self.batch_first)
-            initial = self._check_states("state", state, call)
+            # A copy: the way back reads it, and a caller may reset his own in the meantime.
+            copy = self._backend.xp.asarray
+            initial = [copy(part, copy=True) for part in self._check_states("state", state, call)]
             output, states, tape = self._run(call, initial, save=True, seed=resolve_seed(seed))
         shape = tuple(output.shape)
 
@@ -172,6 +174,10 @@ class Stack(Layer):
             return self._quick_step(x_t, state)
         with self._backend.active():
             x_t = self._backend.accept(x_t, "x_t")
+            tokens = is_integer(x_t)
+            if x_t.ndim + tokens not in (1, 2) or (not tokens and x_t.shape[-1] != self.input_size):
+                wanted = "(B,) of integers" if tokens else f"(B, input_size={self.input_size})"
+                raise ValueError(f"x_t must have shape {wanted}, got {tuple(x_t.shape)}")
             call = self._check(x_t[None, ...], None, batch_first=False)
             output, states, _ = self._run(call, self._check_states("state", state, call), save=False)
             return call.as_given(output)[0, ...], self._present_state(call, states)
@@ -265,9 +271,16 @@ class Stack(Layer):
         """Return gates (T, B, G*H): the input's share of all time steps at once, with the biases."""
         xp = self._backend.xp
         T, B = x.shape[:2]
-        weight = self._params[f"weight_ih{suffix}"].T
+        weight_ih = self._params[f"weight_ih{suffix}"]
+        weight = weight_ih.T
         if is_integer(x):
-            gates = xp.take(weight, xp.reshape(x, (-1,)), axis=0)
+            # Rows of the transposed table are quick to gather, but to transpose it costs as much as V rows.
+            rows, few = xp.reshape(x, (-1,)), self.input_size > T * B
+            gates = (
+                self._backend.contiguous(xp.take(weight_ih, rows, axis=1).T)
+                if few
+                else xp.take(weight, rows, axis=0)
+            )
             gates = xp.astype(gates, self._backend.dtype(accumulation_dtype(self._dtype)), copy=False)
         else:
             gates = matmul(xp.reshape(x, (T * B, x.shape[2])), weight)

@@ -15,14 +15,14 @@ import numpy as np
 from ._array import accumulation_dtype, namespace_of, to_numpy
 from ._random import derive_seed
 from ._typing import Array
-from .checkpoint import describe, host_params, read, save, write
+from .checkpoint import describe, host_params, read, replace, save, write
 from .data import Batch, Sequences, Stream
 from .losses import softmax_cross_entropy
 from .model import LanguageModel
 from .optim import Adam, Optimizer, clip_grad_norm
 from .plotting import Curve, plot_losses
 from .stack import State
-from .validation import check_size
+from .validation import check_number, check_size, resolve_seed
 
 # A run is written down at the end of each epoch, and within one when this many seconds have passed.
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
@@ -137,7 +137,8 @@ def evaluate(model: LanguageModel, data: Any, *, batch_size: int = 64, window: i
     -------
     Evaluation
     """
-    return _evaluate(model, _device_data(data, model, batch_size, window), batch_size)
+    batch_size, window = check_size("batch_size", batch_size), check_size("window", window)
+    return _evaluate(model, device_data(data, model, batch_size, window, "data"), batch_size)
 
 
 def fit(
@@ -173,9 +174,9 @@ def fit(
         Fixes order and dropout.
     checkpoint : path, optional
         A folder. The run is written there after each epoch and at least once a minute or so; the same
-        call after a crash goes on where the run stopped, and ends with the same numbers as if it had
-        never stopped. A finished run leaves ``last.safetensors``, ``best.safetensors`` and
-        ``history.json``.
+        call after a crash goes on where the run stopped, whatever parameters `model` has by then, and ends
+        with the same numbers as if it had never stopped. A finished run leaves ``last.safetensors``,
+        ``best.safetensors`` and ``history.json``.
     progress : bool
         Whether to show a bar with the loss and tokens a second.
     name : str
@@ -191,32 +192,40 @@ def fit(
         An argument is out of range; the data have a wrong form; the folder holds an unfinished run of
         other settings.
     FloatingPointError
-        The loss became NaN or infinite. The model keeps the parameters of that moment.
+        A loss or a parameter became NaN or infinite. The model keeps the parameters of that moment; the
+        folder keeps the last good state.
     """
     epochs, batch_size = check_size("epochs", epochs), check_size("batch_size", batch_size)
-    check_size("window", window)
-    if patience is not None:
-        check_size("patience", patience)
+    window, seed = check_size("window", window), resolve_seed(seed)
+    patience = None if patience is None else check_size("patience", patience)
+    if clip_norm is not None:
+        clip_norm = check_number("clip_norm", clip_norm)
+        if not clip_norm > 0.0:
+            raise ValueError(f"clip_norm must be positive, got {clip_norm}")
     optimizer = optimizer if optimizer is not None else Adam(1e-3)
-    train_data = _device_data(train, model, batch_size, window)
-    val_data = None if validation is None else _device_data(validation, model, batch_size, window)
+    train_data = device_data(train, model, batch_size, window, "train")
+    val_data = None
+    if validation is not None:
+        val_data = device_data(validation, model, batch_size, window, "validation")
     settings = {
         "epochs": epochs, "batch_size": batch_size, "optimizer": repr(optimizer), "clip_norm": clip_norm,
         "window": window, "patience": patience, "seed": seed,
-        "schedule": None if schedule is None else [schedule(epoch) for epoch in range(epochs)],
+        "schedule": None if schedule is None else [float(schedule(epoch)) for epoch in range(epochs)],
         "train": train_data.fingerprint, "validation": None if val_data is None else val_data.fingerprint,
     }  # fmt: skip
     run = _Run(model, optimizer, settings, None if checkpoint is None else Path(checkpoint))
-    with _bar(progress, epochs * train_data.num_batches(batch_size), name) as bar:
-        bar.update(run.epoch * train_data.num_batches(batch_size) + run.batch)
-        for epoch in range(run.epoch, epochs):
-            if patience is not None and run.history.epochs - run.history.best_epoch >= patience:
-                break
-            optimizer.lr = run.base_lr * (1.0 if schedule is None else schedule(epoch))
-            _train_epoch(run, train_data, batch_size, clip_norm, seed, bar)
-            loss = None if val_data is None else _evaluate(model, val_data, batch_size).loss
-            run.end_epoch(loss)
-    optimizer.lr = run.base_lr
+    try:
+        with _bar(progress, epochs * train_data.num_batches(batch_size), name) as bar:
+            bar.update(run.epoch * train_data.num_batches(batch_size) + run.batch)
+            for epoch in range(run.epoch, epochs):
+                if patience is not None and run.history.epochs - run.history.best_epoch >= patience:
+                    break
+                optimizer.lr = run.base_lr * (1.0 if schedule is None else float(schedule(epoch)))
+                _train_epoch(run, train_data, batch_size, clip_norm, seed, bar)
+                loss = None if val_data is None else _evaluate(model, val_data, batch_size).loss
+                run.end_epoch(loss)
+    finally:
+        optimizer.lr = run.base_lr  # also after an interruption: the caller may go on with it
     return run.finish(keep_best)
 
 
@@ -287,9 +296,27 @@ class _Run:
         """Return the mean loss of the epoch so far; this waits for the device."""
         return float(self.loss_sum) / self.tokens if self.loss_sum is not None else math.nan
 
+    def check_finite(self, validation_loss: float | None = None) -> None:
+        """Raise FloatingPointError if training has gone astray, so that nothing of it is written down."""
+        losses = {"loss": self.mean_loss(), "validation loss": validation_loss or 0.0}
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the {name} became {value} in epoch {self.epoch + 1}: "
+                    "a smaller learning rate or clip_norm may help"
+                )
+        flat = self.model.params.flat
+        xp = namespace_of(flat)
+        if not bool(xp.all(xp.isfinite(flat))):
+            raise FloatingPointError(
+                f"a parameter became NaN or infinite in epoch {self.epoch + 1}: "
+                "a smaller learning rate or clip_norm may help"
+            )
+
     def end_epoch(self, validation_loss: float | None) -> None:
         """Record the epoch and write everything down."""
         history = self.history
+        self.check_finite(validation_loss)
         history.train_loss.append(self.mean_loss())
         if validation_loss is not None:
             history.validation_loss.append(validation_loss)
@@ -335,7 +362,10 @@ class _Run:
                 "finish it with the same call, delete it, or choose another folder"
             )
         model, optimizer = self.model, self.optimizer
-        model.load_params(_with_prefix(arrays, "model."))
+        try:
+            model.load_params(_with_prefix(arrays, "model."))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
         vectors = _with_prefix(arrays, "optimizer.")
         optimizer.state = {name: model.asarray(value) for name, value in vectors.items()}
         optimizer.steps = run["steps"]
@@ -363,7 +393,7 @@ class _Run:
             if not keep_best:
                 self.model.params.flat[...] = self.model.asarray(last)
         if self.folder is not None:
-            (self.folder / "history.json").write_text(json.dumps(asdict(self.history), indent=1))
+            replace(self.folder / "history.json", json.dumps(asdict(self.history), indent=1).encode())
             (self.folder / _CHECKPOINT).unlink(missing_ok=True)
         return self.history
 
@@ -388,14 +418,11 @@ def _train_epoch(
             shown = time.monotonic()
             bar.set_postfix_str(f"epoch {run.epoch + 1}, loss {run.mean_loss():.4f}", refresh=False)
         if time.monotonic() - run.saved_at > SECONDS_BETWEEN_CHECKPOINTS:
+            run.check_finite()
             run.save()
     begin = time.perf_counter()
     mean = run.mean_loss()
     run.seconds += time.perf_counter() - begin  # what a GPU had still to do
-    if not math.isfinite(mean):
-        raise FloatingPointError(
-            f"the loss became {mean} in epoch {run.epoch + 1}: a smaller learning rate or clip_norm may help"
-        )
     rate = run.tokens / max(run.seconds, 1e-9)
     bar.set_postfix_str(f"epoch {run.epoch + 1}, loss {mean:.4f}, {rate:,.0f} tokens/s", refresh=False)
 
@@ -423,13 +450,33 @@ def _loss(model: LanguageModel, logits: Array, batch: Batch) -> tuple[Array, Arr
     return softmax_cross_entropy(logits, batch.targets, lengths=lengths)
 
 
-def _device_data(data: Any, model: LanguageModel, batch_size: int, window: int) -> Sequences | Stream:
-    """Move data to the model's device: an integer array is one long text, a list separate sequences."""
+def device_data(
+    data: Any, model: LanguageModel, batch_size: int, window: int, name: str
+) -> Sequences | Stream:
+    """Move data to the model's device: an integer array is one long text, a list separate sequences.
+
+    Raises
+    ------
+    ValueError
+        They have a wrong form, are too few, or have a token that the model does not know. `name` says in
+        the message whose fault it is.
+    """
     if isinstance(data, (Sequences, Stream)):
         return data
-    if isinstance(data, (list, tuple)) and (not data or not isinstance(data[0], (int, np.integer))):
-        return Sequences(data, model.asarray)
-    return Stream(to_numpy(data) if hasattr(data, "__dlpack__") else data, batch_size, window, model.asarray)
+    result: Sequences | Stream
+    try:
+        if isinstance(data, (list, tuple)) and (not data or not isinstance(data[0], (int, np.integer))):
+            result = Sequences(data, model.asarray)
+        else:
+            host = to_numpy(data) if hasattr(data, "__dlpack__") else data
+            result = Stream(host, batch_size, window, model.asarray)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    low, high = result.token_range
+    if low < 0 or high >= model.vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"{name}: tokens must lie in [0, vocab_size={model.vocab_size}), got {wrong}")
+    return result
 
 
 def _with_prefix(arrays: dict[str, Any], prefix: str) -> dict[str, Any]:

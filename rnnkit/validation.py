@@ -6,6 +6,7 @@ A message names the argument, what was expected and what came.
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +22,12 @@ def check_dtype(argument: str, array: Array, backend: Backend, dtype: str) -> No
         raise TypeError(f"{argument} must have dtype {dtype}, got {array.dtype}")
 
 
+# In place of a seed: the parameters are about to be replaced, so none need be drawn.
+NO_SEED: Any = object()
+
+
 def resolve_seed(seed: int | None) -> int:
-    """Return the user's seed, or a fresh one for None.
+    """Return the user's seed, or a fresh one for None; `NO_SEED` stays what it is.
 
     Raises
     ------
@@ -31,6 +36,8 @@ def resolve_seed(seed: int | None) -> int:
     """
     if seed is None:
         return fresh_seed()
+    if seed is NO_SEED:
+        return NO_SEED
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise TypeError(f"seed must be an integer or None, got {seed!r}")
     return int(seed)
@@ -59,10 +66,22 @@ def check_probability(name: str, value: Any) -> float:
     TypeError, ValueError
         It is no number, or outside.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0.0 <= value <= 1.0:
+    number = check_number(name, value)
+    if not 0.0 <= number <= 1.0:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    return number
+
+
+def check_number(name: str, value: Any) -> float:
+    """Return `value`, any real number, as a float.
+
+    Raises
+    ------
+    TypeError
+        It is none.
+    """
+    if isinstance(value, (bool, np.bool)) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
     return float(value)
 
 
@@ -83,11 +102,13 @@ def check_tokens(argument: str, tokens: Array, size: int, on_host: bool) -> Arra
     xp = namespace_of(tokens)
     if not is_integer(tokens):
         raise TypeError(f"{argument} must be integers, got dtype {tokens.dtype}")
+    # First of all: arithmetic in the user's own dtype could wrap around, or not exist.
+    tokens = xp.astype(tokens, xp.int64, copy=False)
     if on_host and math.prod(tokens.shape):
         low, high = int(xp.min(tokens)), int(xp.max(tokens))
         if low < 0 or high >= size:
             raise ValueError(f"{argument} must lie in [0, {size}), got {low if low < 0 else high}")
-    return xp.astype(tokens, xp.int64, copy=False)
+    return tokens
 
 
 class SequenceInput(NamedTuple):
@@ -178,13 +199,15 @@ def check_lengths(lengths: Any, backend: Backend, T: int, B: int) -> Array:
         raise TypeError(f"lengths must be integers, got dtype {lengths.dtype}")
     if tuple(lengths.shape) != (B,):
         raise ValueError(f"lengths must have shape (B={B},), got {tuple(lengths.shape)}")
+    # A copy in any case: kernels read it again on the way back, when the caller may have changed his own.
+    lengths = xp.astype(lengths, xp.int64, copy=True)
     if B and (isinstance(lengths, np.ndarray) or backend.on_host):
         low, high = int(xp.min(lengths)), int(xp.max(lengths))
         if low < 0 or high > T:
             raise ValueError(f"lengths must lie in [0, T={T}], got {low if low < 0 else high}")
     if not backend.owns(lengths):
         return backend.asarray(lengths, "int64")
-    return xp.astype(lengths, xp.int64, copy=False)
+    return lengths
 
 
 def padding_mask(T: int, lengths: Array) -> Array:

@@ -216,5 +216,5 @@ def test_language_model_input():
         model.generate([], 3)
     with pytest.raises(ValueError, match="temperature must not be negative, got -1"):
         model.generate([0], 3, temperature=-1)
-    with pytest.raises(ValueError, match=r"must lie in \[0, 4\), got 7"):
+    with pytest.raises(ValueError, match=r"prompt must lie in \[0, 4\), got 7"):
         model.generate([7], 3)
