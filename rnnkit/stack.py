@@ -214,7 +214,7 @@ class Stack(Layer):
     def _quick_step(self, x_t: Array, state: State) -> tuple[Array, State]:
         """Do what `_run` does, without what a single step of NumPy arrays has no need of.
 
-        Of a call's 60 us (LSTM, B = 1, H = 64) the arithmetic takes 15; this saves half of the rest.
+        It halves the time of a call: 43 instead of 87 us (LSTM, B = 1, H = 64, on a busy Zen 3).
         """
         states = state if isinstance(state, tuple) else (state,)
         forward = self._kernels()[f"{self._cell}_forward"]

@@ -137,15 +137,10 @@ class Schedule(NamedTuple):
             out[...] = 0
             return out
         for run in self.runs(sequence.shape[2]):
-            live = sequence[run.steps, : run.live]
-            if out is sequence and self.order is not None:
-                live = live.copy()
-            if self.order is None:
-                out[run.steps, : run.live] = live
-                out[run.steps, run.live :] = 0
-            else:
-                out[run.steps, self.order[: run.live]] = live
-                out[run.steps, self.order[run.live :]] = 0
+            # NumPy sees where the two sides of an assignment overlap, and copies what it must.
+            out[run.steps, self.rows(run.live)] = sequence[run.steps, : run.live]
+            padding = slice(run.live, None)
+            out[run.steps, padding if self.order is None else self.order[padding]] = 0
         out[int(self.lengths[0]) :] = 0
         return out
 
