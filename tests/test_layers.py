@@ -200,7 +200,7 @@ def test_losses_refuse_what_does_not_fit():
         rnnkit.softmax_cross_entropy(z, y, mask=y == 0, lengths=np.array([1, 2, 3]))
     with pytest.raises(ValueError, match=r"mask must have shape \(4, 3\)"):
         rnnkit.softmax_cross_entropy(z, y, mask=np.ones((4,), bool))
-    with pytest.raises(ValueError, match=r"lengths must have shape \(B,\)"):
+    with pytest.raises(ValueError, match=r"lengths must have shape \(B=3,\), got \(2,\)"):
         rnnkit.softmax_cross_entropy(z, y, lengths=np.array([1, 2]))
     with pytest.raises(ValueError, match=r"target must have shape \(4, 3, 5\)"):
         rnnkit.mean_squared_error(z, z[:2])

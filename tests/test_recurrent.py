@@ -525,7 +525,9 @@ def test_half_precision(backend, cell, name, rng):
     second, _ = layer(x[9:, ...], middle)
     whole, _ = layer(x)
     pieces = np.concatenate([to_numpy(first), to_numpy(second)])
-    np.testing.assert_array_equal(pieces, to_numpy(whole))
+    # h is rounded at every step, so pieces differ only where a float32 sum, whose order BLAS chooses by the
+    # number of rows, lies at the edge between two half numbers.
+    np.testing.assert_allclose(pieces, to_numpy(whole), rtol=0, atol=4 * unit)
 
 
 def test_explain_names_modules():

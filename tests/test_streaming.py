@@ -64,7 +64,7 @@ def test_a_step_sees_weights_that_were_changed_in_place():
 @pytest.mark.parametrize(
     ("x_t", "change", "error", "message"),
     [
-        (np.ones((1, 6), np.float32), lambda h, c: (h, c), ValueError, "x must have shape"),
+        (np.ones((1, 6), np.float32), lambda h, c: (h, c), ValueError, "x_t must have shape"),
         (np.ones((1, 5), np.float64), lambda h, c: (h, c), TypeError, "x must have dtype float32"),
         (np.ones((2, 5), np.float32), lambda h, c: (h, c), ValueError, "h_0 must have shape"),
         (
