@@ -270,14 +270,6 @@ def accumulation_dtype(name: str) -> str:
     return "float32" if name in ("float16", "bfloat16") else name
 
 
-def matmul(a: Array, b: Array) -> Array:
-    """Return a @ b for 2-D arrays; half precision is multiplied, summed and returned in float32."""
-    xp = namespace_of(a)
-    if a.dtype not in (xp.float32, xp.float64):
-        a = xp.astype(a, xp.float32)
-    return a @ (b if b.dtype == a.dtype else xp.astype(b, a.dtype))
-
-
 def is_integer(array: Array) -> bool:
     """Whether the array holds integers (booleans are none)."""
     if isinstance(array, np.ndarray):  # 2 us less than isdtype, at every call of a stream

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ._array import accumulation_dtype, matmul, namespace_of
+from ._array import accumulation_dtype, namespace_of
 from ._random import dropout_scale
 from ._typing import Array
 from .kernels import Case, kernels_for
@@ -54,7 +54,9 @@ class Linear(Layer):
         x = self._accept(x)
         xp = self._backend.xp
         with self._backend.active():
-            y = matmul(xp.reshape(x, (-1, self.in_features)), xp.matrix_transpose(self._params["weight"]))
+            y = self._matmul(
+                xp.reshape(x, (-1, self.in_features)), xp.matrix_transpose(self._params["weight"])
+            )
             if self.bias:
                 y += self._params["bias"]
             return xp.reshape(xp.astype(y, x.dtype, copy=False), (*x.shape[:-1], self.out_features))
@@ -74,11 +76,11 @@ class Linear(Layer):
                     check_float("d_y", d_y, y.shape, self._backend, self._dtype), (-1, self.out_features)
                 )
                 rows = xp.reshape(x, (-1, self.in_features))
-                d_params = {"weight": matmul(xp.matrix_transpose(d_y), rows)}
+                d_params = {"weight": self._matmul(xp.matrix_transpose(d_y), rows)}
                 if self.bias:
                     wide = self._backend.dtype(accumulation_dtype(self._dtype))
                     d_params["bias"] = xp.sum(xp.astype(d_y, wide, copy=False), axis=0)
-                d_x = xp.astype(matmul(d_y, self._params["weight"]), x.dtype, copy=False)
+                d_x = xp.astype(self._matmul(d_y, self._params["weight"]), x.dtype, copy=False)
                 return Gradients(xp.reshape(d_x, x.shape), join(d_params, x.dtype))
 
         return y, pullback

@@ -11,6 +11,7 @@ import numpy as np
 from ._array import Backend, dtype_name, is_integer, namespace_of, resolve_backend, to_numpy
 from ._random import uniform
 from ._typing import Array
+from .kernels import Case, kernels_for
 from .validation import NO_SEED
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -264,6 +265,12 @@ class Layer:
             to_numpy(self._params.flat),
         )
         return moved
+
+    def _matmul(self, a: Array, b: Array) -> Array:
+        """Return a @ b for 2-D arrays, in the dtype that sums are kept in."""
+        case = Case("matmul", self._dtype, 0, device=self.backend)
+        product: Array = kernels_for(self._backend.library, case)["matmul"](a, b)
+        return product
 
     def __reduce__(self) -> tuple[Any, ...]:
         flat = to_numpy(self._params.flat)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ._array import accumulation_dtype, is_integer, matmul
+from ._array import accumulation_dtype, is_integer
 from ._random import dropout_scale
 from ._typing import Array
 from .kernels import Case, Kernels, kernels_for, names_of
@@ -283,7 +283,7 @@ class Stack(Layer):
             )
             gates = xp.astype(gates, self._backend.dtype(accumulation_dtype(self._dtype)), copy=False)
         else:
-            gates = matmul(xp.reshape(x, (T * B, x.shape[2])), weight)
+            gates = self._matmul(xp.reshape(x, (T * B, x.shape[2])), weight)
         if self.bias:
             gates += self._gate_bias(suffix)
         return xp.reshape(gates, (T, B, self._gates * self.hidden_size))
@@ -349,10 +349,10 @@ class Stack(Layer):
             d_params[f"weight_ih{suffix}"] = xp.matrix_transpose(scatter(rows, tokens, self.input_size))
         else:
             weight_ih = params[f"weight_ih{suffix}"]
-            d_x = xp.astype(matmul(rows, weight_ih), d_output.dtype, copy=False)
+            d_x = xp.astype(self._matmul(rows, weight_ih), d_output.dtype, copy=False)
             d_x = xp.reshape(d_x, scan.x.shape)
             x = xp.reshape(scan.x, (T * B, scan.x.shape[2]))
-            d_params[f"weight_ih{suffix}"] = matmul(xp.matrix_transpose(rows), x)
+            d_params[f"weight_ih{suffix}"] = self._matmul(xp.matrix_transpose(rows), x)
         d_bias = xp.sum(rows, axis=0) if self.bias else None
 
         self._recurrent_gradients(call, scan, suffix, reverse, d_gates, special, d_bias, d_params)
@@ -388,10 +388,10 @@ class Stack(Layer):
                 last = xp.where(call.lengths > 0, call.lengths - 1, xp.zeros_like(call.lengths))
                 batch = xp.arange(B, dtype=last.dtype, device=last.device)
                 first = xp.take(xp.reshape(d_z, (T * B, N)), last * B + batch, axis=0)
-        gradient = matmul(xp.matrix_transpose(first), scan.h_0)
+        gradient = self._matmul(xp.matrix_transpose(first), scan.h_0)
         if T > 1:
             later = xp.reshape(later, ((T - 1) * B, N))
-            gradient += matmul(xp.matrix_transpose(later), xp.reshape(before, ((T - 1) * B, P)))
+            gradient += self._matmul(xp.matrix_transpose(later), xp.reshape(before, ((T - 1) * B, P)))
         return gradient
 
     # ----------------------------------------------------------------------------------- validation

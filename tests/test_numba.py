@@ -366,3 +366,44 @@ def test_layers_use_it():
     (trained, _), pullback = lstm.vjp(x, lengths=[5, 0, 2])
     np.testing.assert_array_equal(output, trained)
     assert all(np.isfinite(g).all() for g in pullback(np.ones_like(output)).params.values())
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "3"])
+@pytest.mark.parametrize(("M", "K", "N"), [(1, 1, 1), (0, 3, 4), (5, 0, 4), (300, 200, 100), (100, 200, 301)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_matmul_equals_numpys_and_gives_blas_its_threads_back(threads, M, K, N, dtype, monkeypatch, rng):
+    from threadpoolctl import threadpool_info
+
+    def counts():
+        return [lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"]
+
+    monkeypatch.setenv("RNNKIT_NUM_THREADS", threads)
+    a = rng.standard_normal((K, M)).astype(dtype).T  # transposed, as many are
+    b = rng.standard_normal((K, N)).astype(dtype)
+    before = counts()
+    got = kernels.matmul(a, b)
+    assert counts() == before
+    tolerance = 1e-12 if dtype == "float64" else 1e-4  # sums of 200 products of order one
+    np.testing.assert_allclose(got, a.astype(np.float64) @ b.astype(np.float64), rtol=0, atol=tolerance)
+
+
+def test_matmul_from_several_threads_at_once(monkeypatch, rng):
+    from threadpoolctl import threadpool_info
+
+    monkeypatch.setenv("RNNKIT_NUM_THREADS", "2")
+    a, b = rng.standard_normal((2, 200, 200))
+    before = [lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"]
+    wrong = []
+
+    def work():
+        for _ in range(20):
+            if not np.allclose(kernels.matmul(a, b), a @ b):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert before == [lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"]

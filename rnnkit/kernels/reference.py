@@ -263,7 +263,15 @@ def gru_backward(
     return stacked, _as(xp, d_h, d_output.dtype), _stack(xp, d_recurrent_n, not saved.reverse)
 
 
-# --------------------------------------------------------------------------------- rows of a table
+# ------------------------------------------------------------------------------- around the scans
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """Return a @ b for 2-D arrays; half precision is multiplied, summed and returned in float32."""
+    xp = namespace_of(a)
+    dtype = _accumulation(xp, a.dtype)
+    return _as(xp, a, dtype) @ _as(xp, b, dtype)
+
 
 # Elements of the one-hot block that `embedding_backward` holds at a time: 16 MB in float32.
 _ONE_HOT_BLOCK = 1 << 22

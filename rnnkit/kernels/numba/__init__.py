@@ -19,7 +19,7 @@ from .._case import Case
 try:
     from numba.core import event
 
-    from . import _pieces, _scans, _team
+    from . import _blas, _pieces, _scans, _team
     from ._simd import REGISTER_BYTES
     from ._threads import helped, run_tiles, thread_limit
 
@@ -85,6 +85,8 @@ def why_not(name: str, case: Case) -> str | None:
         return f"has no {case.dtype}"
     if case.proj_size:
         return "has no projection"
+    if name == "matmul" and not _blas.libraries():
+        return "finds no BLAS library whose threads it could set"
     return None
 
 
@@ -204,6 +206,15 @@ def gru_backward(
     arrays = _flat(saved.gates, saved.recurrent_n, saved.h_0, saved.output, d_output, d_h_n)
     tiles.run(_scans.gru_backward, *arrays, _pack_backward(weight_hh), *_flat(d_h_0), T, B, H, saved.reverse)
     return saved.gates, d_h_0, saved.recurrent_n
+
+
+# ------------------------------------------------------------------------------- around the scans
+
+
+def matmul(a: Float, b: Float) -> Float:
+    """Return a @ b for 2-D arrays."""
+    product: Float = _blas.matmul(a, b)
+    return product
 
 
 # ------------------------------------------------------------------------------------------- pieces
