@@ -177,9 +177,11 @@ def test_generated_tokens_follow_the_models_distribution():
     model = rnnkit.LanguageModel(4, 2, seed=0)
     model.params.flat[...] = 0.0
     model.params["linear.bias"][...] = np.log([0.1, 0.2, 0.3, 0.4])
-    drawn = model.generate([0], 4000, temperature=1.0, seed=4)
-    shares = np.bincount(drawn, minlength=4) / 4000
-    np.testing.assert_allclose(shares, [0.1, 0.2, 0.3, 0.4], atol=0.03)  # four standard deviations
+    for temperature in (1.0, 3.0):
+        drawn = model.generate([0], 4000, temperature=temperature, seed=4)
+        expected = np.array([0.1, 0.2, 0.3, 0.4]) ** (1 / temperature)
+        shares = np.bincount(drawn, minlength=4) / 4000
+        np.testing.assert_allclose(shares, expected / expected.sum(), atol=0.03)  # four deviations
 
 
 def test_step_equals_the_whole(backend, rng):
@@ -263,6 +265,9 @@ def test_a_stream_carries_its_state(backend, rng):
     model = rnnkit.LanguageModel(5, 6, dtype="float64", backend=backend, seed=0)
     losses = [rnnkit.evaluate(model, tokens, batch_size=4, window=window).loss for window in (1, 7, 1000)]
     np.testing.assert_allclose(losses, losses[0], rtol=1e-12)
+    still = {"epochs": 1, "batch_size": 4, "optimizer": rnnkit.SGD(0.0), "progress": False}
+    trained = [rnnkit.fit(model, tokens, window=window, **still).train_loss[0] for window in (1, 7, 1000)]
+    np.testing.assert_allclose(trained, losses[0], rtol=1e-12)
     history = rnnkit.fit(model, tokens, tokens, epochs=2, batch_size=4, window=10, progress=False)
     assert history.validation_loss[1] < history.validation_loss[0]
 
@@ -520,3 +525,42 @@ def test_history_json_is_plain(counting, tmp_path):
     data = json.loads((tmp_path / "history.json").read_text())
     assert data["train_loss"] == history.train_loss
     assert math.isfinite(data["seconds"][0])
+
+
+# ----------------------------------------------------------------------------------- the comparison
+
+
+@pytest.mark.parametrize(
+    ("mistake", "expected"),
+    [
+        (None, 40),  # none up to the limit
+        ((7, 7 + 3, "EOS"), 6),  # an end too early
+        ((9, 9 + 8, "b"), 8),  # an end missed
+        ((11, 2, "EOS"), 10),  # an end among the a's
+        ((13, 4, "b"), 40),  # after an a both a and b are right
+    ],
+)
+def test_largest_n(monkeypatch, mistake, expected):
+    from rnnkit import compare
+
+    vocabulary = rnnkit.Vocabulary([["a", "b", "EOS"]])
+
+    def predict(model, sequences):
+        predictions = []
+        for sequence in sequences:
+            prediction = np.array(sequence[1:])
+            n = len(sequence) // 2
+            if mistake is not None and n == mistake[0]:
+                prediction[mistake[1]] = vocabulary.encode([mistake[2]])[0]
+            predictions.append(prediction)
+        return predictions
+
+    monkeypatch.setattr(compare, "predict", predict)
+    assert compare.largest_n(None, vocabulary, limit=40) == expected
+
+
+def test_entropy_floor():
+    from rnnkit.compare import entropy_floor
+
+    sequences = [["a"] * n + ["b"] * n + ["EOS"] for n in range(1, 10)]
+    assert abs(entropy_floor(sequences, 9) - math.log(9) / 10) < 1e-15
