@@ -10,7 +10,7 @@ TOLERANCE = 1e-6
 STEP = 1e-5
 
 
-def check_directional(f, point, gradient, rng, label=""):
+def check_directional(f, point, gradient, rng, label="", step=STEP):
     """Assert that `gradient` is the derivative of the scalar function `f` at `point`.
 
     Parameters
@@ -20,13 +20,15 @@ def check_directional(f, point, gradient, rng, label=""):
     point, gradient : dict of str to numpy.ndarray
         Float64. Each entry is checked along a direction of its own, with all others fixed, so that errors
         in a small parameter cannot hide behind a large one.
+    step : float
+        Smaller where `f` has kinks, so that the two ends rarely lie on two sides of one.
     """
     for name, value in point.items():
         direction = rng.standard_normal(value.shape)
         direction /= max(np.linalg.norm(direction), 1e-300)
-        plus = f({**point, name: value + STEP * direction})
-        minus = f({**point, name: value - STEP * direction})
-        numeric = (plus - minus) / (2 * STEP)
+        plus = f({**point, name: value + step * direction})
+        minus = f({**point, name: value - step * direction})
+        numeric = (plus - minus) / (2 * step)
         exact = float(np.sum(gradient[name] * direction))
         scale = max(abs(numeric), abs(exact), 1e-3 * float(np.linalg.norm(gradient[name])), 1e-6)
         assert abs(numeric - exact) <= TOLERANCE * scale, (
