@@ -147,7 +147,7 @@ class LanguageModel(Layer):
             As `LSTM` does.
         """
         with self._backend.active():
-            tokens = self._check_tokens(tokens, lengths)
+            tokens, lengths = self._check_tokens(tokens, lengths)
             x = tokens if self.embedding is None else self.embedding(tokens)
             output, state = self.rnn(x, state, lengths=lengths)
             return self.linear(output), state
@@ -164,9 +164,7 @@ class LanguageModel(Layer):
             raise ValueError("vjp needs seed= when dropout > 0: the same seed gives the same masks")
         seed = resolve_seed(seed)
         with self._backend.active():
-            tokens = self._check_tokens(tokens, lengths)
-            if lengths is not None:
-                lengths = check_lengths(lengths, self._backend, *tokens.shape)
+            tokens, lengths = self._check_tokens(tokens, lengths)
             x, pull_embedding, scale_x = tokens, None, None
             if self.embedding is not None:
                 x, pull_embedding = self.embedding.vjp(tokens)
@@ -254,8 +252,8 @@ class LanguageModel(Layer):
         """Say which kernels serve the recurrent layer, and why not faster ones."""
         return self.rnn.explain()
 
-    def _check_tokens(self, tokens: Any, lengths: Any) -> Array:
-        """Return the tokens, with padding replaced by token 0."""
+    def _check_tokens(self, tokens: Any, lengths: Any) -> tuple[Array, Array | None]:
+        """Return the tokens, with padding replaced by token 0, and the lengths on the backend."""
         tokens = self._backend.accept(tokens, "tokens")
         if tokens.ndim != 2 or not is_integer(tokens):
             raise ValueError(
@@ -263,8 +261,9 @@ class LanguageModel(Layer):
                 f"got dtype {tokens.dtype} and shape {tuple(tokens.shape)}"
             )
         if lengths is not None:
-            tokens = zero_padding(tokens, check_lengths(lengths, self._backend, *tokens.shape))
-        return check_tokens("tokens", tokens, self.vocab_size, self._backend.on_host)
+            lengths = check_lengths(lengths, self._backend, *tokens.shape)
+            tokens = zero_padding(tokens, lengths)
+        return check_tokens("tokens", tokens, self.vocab_size, self._backend.on_host), lengths
 
     def _drop(self, x: Array, seed: int, label: str) -> tuple[Array, Array | None]:
         if not self.dropout:

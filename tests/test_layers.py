@@ -110,17 +110,22 @@ def test_dropout(backend):
 # ------------------------------------------------------------------------------------------- losses
 
 
+def counted(backend, how, T, lengths):
+    """Return which (T, B) positions count, and the arguments that say so."""
+    counts = np.arange(T)[:, None] < lengths
+    if how == "mask":
+        return counts, {"mask": asarray(backend, counts)}
+    if how == "lengths":
+        return counts, {"lengths": asarray(backend, lengths)}
+    return np.ones_like(counts), {}
+
+
 @pytest.mark.parametrize("how", ["all", "mask", "lengths"])
 def test_cross_entropy_gradient_and_value(backend, how, rng):
     T, B, V = 5, 3, 6
     logits, targets = 3 * rng.standard_normal((T, B, V)), rng.integers(0, V, (T, B))
     lengths = np.array([5, 0, 2])
-    counts = np.arange(T)[:, None] < lengths if how != "all" else np.ones((T, B), bool)
-    given = {
-        "all": {},
-        "mask": {"mask": asarray(backend, counts)},
-        "lengths": {"lengths": asarray(backend, lengths)},
-    }[how]
+    counts, given = counted(backend, how, T, lengths)
     targets[~counts] = -5  # not a token, and not looked at
     logits[~counts] = np.nan if how != "all" else 0.0
 
@@ -160,12 +165,7 @@ def test_mean_squared_error(backend, how, rng):
     T, B, N = 4, 3, 2
     p, y = rng.standard_normal((2, T, B, N))
     lengths = np.array([4, 0, 1])
-    counts = np.arange(T)[:, None] < lengths if how != "all" else np.ones((T, B), bool)
-    given = {
-        "all": {},
-        "mask": {"mask": asarray(backend, counts)},
-        "lengths": {"lengths": asarray(backend, lengths)},
-    }[how]
+    counts, given = counted(backend, how, T, lengths)
     loss, d = rnnkit.mean_squared_error(asarray(backend, p), asarray(backend, y), **given)
     assert abs(float(loss) - np.mean((p - y)[counts] ** 2)) < 1e-14
 
