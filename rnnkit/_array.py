@@ -149,6 +149,18 @@ class Backend:
                 f"{argument} ({_kind(value)}) cannot be shared with backend {self.name!r}: {error}"
             ) from error
 
+    def put_rows(self, rows: Array, index: Array, count: int) -> Array:
+        """Return (count, N) with `rows` (n, N) at `index` (n,) and zeros elsewhere."""
+        if self.library in _LIBRARIES:
+            out = self.xp.zeros((count, rows.shape[1]), dtype=rows.dtype, device=self.device)
+            out[index] = rows
+            return out
+        # The standard has no assignment by index: take the rows, or one of zeros behind them.
+        where = np.full(count, rows.shape[0])
+        where[to_numpy(index)] = np.arange(rows.shape[0])
+        zero = self.xp.zeros((1, rows.shape[1]), dtype=rows.dtype, device=self.device)
+        return self.xp.take(self.xp.concat([rows, zero]), self.asarray(where), axis=0)
+
     def contiguous(self, array: Array) -> Array:
         """Return `array` in C order, which kernels rely on; the array itself where it already is."""
         if self.library == "numpy":

@@ -47,7 +47,7 @@ class Linear(Layer):
         if self.bias:
             shapes["bias"] = (self.out_features,)
         initial = initial_uniform(shapes, 1.0 / math.sqrt(self.in_features), resolve_seed(seed))
-        self._params = create(self._backend, self._dtype, initial)
+        self._adopt(create(self._backend, self._dtype, initial))
 
     def __call__(self, x: Array) -> Array:
         """Return y (..., out_features) for x (..., in_features)."""
@@ -120,7 +120,7 @@ class Embedding(Layer):
         super().__init__(config, backend, dtype)
         shapes = {"weight": (self.num_embeddings, self.embedding_dim)}
         initial = initial_normal(shapes, resolve_seed(seed))
-        self._params = create(self._backend, self._dtype, initial)
+        self._adopt(create(self._backend, self._dtype, initial))
 
     def __call__(self, tokens: Array) -> Array:
         """Return the vectors (..., embedding_dim) of integer tokens (...)."""

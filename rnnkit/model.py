@@ -277,6 +277,6 @@ class LanguageModel(Layer):
 
     def _bind(self, params: ParameterDict) -> None:
         """Take `params` as this model's buffer, and let the parts' parameters be views of it."""
-        self._params = params
+        self._adopt(params)
         for name, layer in self._parts():
-            layer._params = params.part(f"{name}.")
+            layer._adopt(params.part(f"{name}."))

@@ -183,7 +183,12 @@ class Layer:
         self._backend = resolve_backend(backend)
         self._dtype = dtype_name(dtype)
         self._backend.dtype(self._dtype)
+        self._matmul_case = Case("matmul", self._dtype, 0, device=self._backend.name)
         self._params: ParameterDict
+
+    def _adopt(self, params: ParameterDict) -> None:
+        """Take `params`, or views of a larger model's, as this layer's own."""
+        self._params = params
 
     @property
     def params(self) -> ParameterDict:
@@ -266,10 +271,9 @@ class Layer:
         )
         return moved
 
-    def _matmul(self, a: Array, b: Array) -> Array:
-        """Return a @ b for 2-D arrays, in the dtype that sums are kept in."""
-        case = Case("matmul", self._dtype, 0, device=self.backend)
-        product: Array = kernels_for(self._backend.library, case)["matmul"](a, b)
+    def _matmul(self, a: Array, b: Array, out: Array | None = None) -> Array:
+        """Return a @ b for 2-D arrays, in the dtype that sums are kept in, or in `out`."""
+        product: Array = kernels_for(self._backend.library, self._matmul_case)["matmul"](a, b, out)
         return product
 
     def __reduce__(self) -> tuple[Any, ...]:

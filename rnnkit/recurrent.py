@@ -6,10 +6,10 @@ import math
 from typing import Any, ClassVar
 
 from ._array import accumulation_dtype
-from ._typing import Array
+from .direction import GRUDirection, LSTMDirection
 from .parameters import create
-from .stack import Scanned, Stack, State
-from .validation import SequenceInput, check_number, check_size
+from .stack import Stack, State
+from .validation import check_number, check_size
 
 
 class LSTM(Stack):
@@ -89,6 +89,7 @@ class LSTM(Stack):
 
     _cell = "lstm"
     _gates = 4
+    _direction = LSTMDirection
     _state_names: ClassVar[tuple[str, ...]] = ("h_0", "c_0")
 
     def __init__(
@@ -110,10 +111,7 @@ class LSTM(Stack):
             for name, value in initial.items():
                 if name.startswith("bias_"):
                     value[H : 2 * H] = forget_bias if name.startswith("bias_ih") else 0.0
-        self._params = create(self._backend, self._dtype, initial)
-
-    def _scan_options(self, suffix: str) -> dict[str, Any]:
-        return {"weight_hr": self._params[f"weight_hr{suffix}"]} if self.proj_size else {}
+        self._adopt(create(self._backend, self._dtype, initial))
 
     def _state_sizes(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
         sizes = (self.proj_size or self.hidden_size, self.hidden_size)
@@ -125,14 +123,6 @@ class LSTM(Stack):
         if not isinstance(state, (tuple, list)) or len(state) != 2:
             raise TypeError(f"{argument} of an LSTM must be a pair (h, c), got {type(state).__name__}")
         return tuple(state)
-
-    def _recurrent_gradients(
-        self, call: SequenceInput, scan: Scanned, suffix: str, reverse: bool, d_gates: Array,
-        special: list[Array], d_bias: Array | None, d_params: dict[str, Array],
-    ) -> None:  # fmt: skip
-        super()._recurrent_gradients(call, scan, suffix, reverse, d_gates, special, d_bias, d_params)
-        if self.proj_size:
-            (d_params[f"weight_hr{suffix}"],) = special
 
 
 class GRU(Stack):
@@ -161,6 +151,7 @@ class GRU(Stack):
 
     _cell = "gru"
     _gates = 3
+    _direction = GRUDirection
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, *, bias: bool = True,
@@ -170,30 +161,7 @@ class GRU(Stack):
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, backend, dtype
         )
-        self._params = create(self._backend, self._dtype, self._initial(seed))
-
-    def _gate_bias(self, suffix: str) -> Array:
-        # b_hn stays out: it stands inside the product with r, which the scan computes.
-        cut = 2 * self.hidden_size
-        b_ih, b_hh = self._params[f"bias_ih{suffix}"], self._params[f"bias_hh{suffix}"]
-        return self._backend.xp.concat([b_ih[:cut] + b_hh[:cut], b_ih[cut:]])
-
-    def _scan_options(self, suffix: str) -> dict[str, Any]:
-        return {"bias_hn": self._params[f"bias_hh{suffix}"][2 * self.hidden_size :]} if self.bias else {}
-
-    def _recurrent_gradients(
-        self, call: SequenceInput, scan: Scanned, suffix: str, reverse: bool, d_gates: Array,
-        special: list[Array], d_bias: Array | None, d_params: dict[str, Array],
-    ) -> None:  # fmt: skip
-        xp, cut = self._backend.xp, 2 * self.hidden_size
-        (d_recurrent_n,) = special
-        parts = [d_gates[:, :, :cut], d_recurrent_n]
-        d_weights = [self._recurrent_weight_gradient(call, scan, reverse, part) for part in parts]
-        d_params[f"weight_hh{suffix}"] = xp.concat(d_weights)
-        if d_bias is not None:
-            d_b_hn = xp.sum(xp.reshape(d_recurrent_n, (-1, self.hidden_size)), axis=0)
-            d_params[f"bias_ih{suffix}"] = d_bias
-            d_params[f"bias_hh{suffix}"] = xp.concat([d_bias[:cut], d_b_hn])
+        self._adopt(create(self._backend, self._dtype, self._initial(seed)))
 
 
 class RNN(Stack):
@@ -235,10 +203,7 @@ class RNN(Stack):
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, backend, dtype,
             nonlinearity=nonlinearity,
         )  # fmt: skip
-        self._params = create(self._backend, self._dtype, self._initial(seed))
-
-    def _scan_options(self, suffix: str) -> dict[str, Any]:
-        return {"nonlinearity": self.nonlinearity}
+        self._adopt(create(self._backend, self._dtype, self._initial(seed)))
 
 
 def _finite(name: str, value: Any) -> float:

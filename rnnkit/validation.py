@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -109,75 +109,6 @@ def check_tokens(argument: str, tokens: Array, size: int, on_host: bool) -> Arra
         if low < 0 or high >= size:
             raise ValueError(f"{argument} must lie in [0, {size}), got {low if low < 0 else high}")
     return tokens
-
-
-class SequenceInput(NamedTuple):
-    """A checked sequence, time first, and how its owner wants results laid out.
-
-    Attributes
-    ----------
-    x : array (T, B, I), or integers (T, B)
-        Zero behind each sequence's end.
-    lengths : array (B,) of int64, or None
-    batched, batch_first : bool
-        The layout of the argument.
-    """
-
-    x: Array
-    lengths: Array | None
-    batched: bool
-    batch_first: bool
-
-    def time_first(self, array: Array) -> Array:
-        """Bring an array that is laid out like the argument into the order (T, B, ...)."""
-        if not self.batched:
-            return array[:, None, ...]
-        if self.batch_first:
-            return namespace_of(array).permute_dims(array, (1, 0, *range(2, array.ndim)))
-        return array
-
-    def as_given(self, array: Array) -> Array:
-        """Bring (T, B, N) into the layout of the argument."""
-        if not self.batched:
-            return array[:, 0, ...]
-        if self.batch_first:
-            return namespace_of(array).permute_dims(array, (1, 0, *range(2, array.ndim)))
-        return array
-
-    def given_shape(self, features: int) -> tuple[int, ...]:
-        """Return the shape of an array with `features` numbers a step in the layout of the argument."""
-        T, B = self.x.shape[:2]
-        if not self.batched:
-            return (T, features)
-        return (B, T, features) if self.batch_first else (T, B, features)
-
-
-def check_sequence(
-    x: Any, lengths: Any, backend: Backend, dtype: str, input_size: int, batch_first: bool
-) -> SequenceInput:
-    """Check the input of a recurrent layer: floats (T, B, I), or integers (T, B), one-hot positions."""
-    x = backend.accept(x, "x")
-    tokens = is_integer(x)
-    rank = x.ndim + tokens
-    axes = "B, T" if batch_first else "T, B"
-    if rank not in (2, 3) or (not tokens and x.shape[-1] != input_size):
-        wanted = f"({axes}) of integers" if tokens else f"({axes}, input_size={input_size})"
-        raise ValueError(f"x must have shape {wanted}, got {tuple(x.shape)}")
-    if not tokens:
-        check_dtype("x", x, backend, dtype)
-    given = SequenceInput(x, None, rank == 3, batch_first and rank == 3)
-    x = given.time_first(x)
-    T, B = x.shape[:2]
-    if T == 0:
-        raise ValueError(f"x must have at least one time step, got shape {tuple(given.x.shape)}")
-    if lengths is not None:
-        if not given.batched:
-            raise ValueError("lengths needs a batch: x without one has no padding")
-        lengths = check_lengths(lengths, backend, T, B)
-        x = zero_padding(x, lengths)
-    if tokens:
-        x = check_tokens("x", x, input_size, backend.on_host)
-    return given._replace(x=x, lengths=lengths)
 
 
 def check_lengths(lengths: Any, backend: Backend, T: int, B: int) -> Array:

@@ -14,7 +14,7 @@ case; a faster module defines any subset of the same names, with the same argume
         -> output, h_n, saved
     rnn_backward(saved, weight_hh, d_output, d_h_n) -> d_gates, d_h_0
     embedding_backward(d_rows, index, num_rows) -> d_table
-    matmul(a, b) -> a @ b, 2-D: the large products before and after a scan
+    matmul(a, b, out=None) -> a @ b, 2-D, in `out` if given: the large products before and after a scan
 
 and ``why_not(name, case)``, None where it can serve the case and otherwise the reason, in a few words.
 A scan's forward and backward always come from the same module, since `saved` is its own business.

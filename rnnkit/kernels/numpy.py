@@ -31,8 +31,8 @@ from ._numpy_step import dot_for, logistic_of_minus, transposed
 from ._schedule import Schedule, after, backwards, cut, cut_scratch, enter, output, scratch, sorted_copy
 
 __all__ = [
-    "embedding_backward", "gru_backward", "gru_forward", "lstm_backward", "lstm_forward", "rnn_backward",
-    "rnn_forward", "why_not",
+    "embedding_backward", "gru_backward", "gru_forward", "lstm_backward", "lstm_forward", "matmul",
+    "rnn_backward", "rnn_forward", "why_not",
 ]  # fmt: skip
 
 
@@ -223,7 +223,12 @@ def _gru_slopes(a: Array, recurrent_n: Array, h_before: Array, update: Array, ke
     np.copyto(recurrent_n, keep)  # (1 - z) (1 - n^2) r
 
 
-# --------------------------------------------------------------------------------- rows of a table
+# ------------------------------------------------------------------------------- around the scans
+
+
+def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
+    """Return a @ b for 2-D arrays, in `out` if given."""
+    return np.matmul(a, b, out)
 
 
 def embedding_backward(d_rows: Array, index: Array, num_rows: int) -> Array:

@@ -266,11 +266,15 @@ def gru_backward(
 # ------------------------------------------------------------------------------- around the scans
 
 
-def matmul(a: Array, b: Array) -> Array:
-    """Return a @ b for 2-D arrays; half precision is multiplied, summed and returned in float32."""
+def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
+    """Return a @ b for 2-D arrays, in `out` if given; half precision is multiplied and summed in float32."""
     xp = namespace_of(a)
     dtype = _accumulation(xp, a.dtype)
-    return _as(xp, a, dtype) @ _as(xp, b, dtype)
+    product = _as(xp, a, dtype) @ _as(xp, b, dtype)
+    if out is None:
+        return product
+    out[...] = _as(xp, product, out.dtype)
+    return out
 
 
 # Elements of the one-hot block that `embedding_backward` holds at a time: 16 MB in float32.

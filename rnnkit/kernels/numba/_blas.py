@@ -61,14 +61,15 @@ class _Alone:
 _alone = _Alone()
 
 
-def matmul(a: Any, b: Any) -> Any:
-    """Return a @ b for 2-D arrays of one floating-point dtype."""
+def matmul(a: Any, b: Any, out: Any = None) -> Any:
+    """Return a @ b for 2-D arrays of one floating-point dtype, in `out` if given."""
     (M, K), N = a.shape, b.shape[1]
     with _alone():
         threads = thread_limit()
         if threads == 1 or M * K * N < _SMALL:
-            return a @ b
-        out = np.empty((M, N), a.dtype)
+            return np.matmul(a, b, out)
+        if out is None:
+            out = np.empty((M, N), a.dtype)
         parts = min(threads, max(M, N))
 
         def part(k: int) -> None:
