@@ -148,8 +148,8 @@ class LanguageModel(Layer):
         """
         with self._backend.active():
             tokens, lengths = self._check_tokens(tokens, lengths)
-            x = tokens if self.embedding is None else self.embedding(tokens)
-            output, state = self.rnn(x, state, lengths=lengths)
+            vectors = None if self.embedding is None else self.embedding.params["weight"]
+            output, state = self.rnn(tokens, state, lengths=lengths, embedding=vectors)
             return self.linear(output), state
 
     def vjp(
@@ -165,11 +165,13 @@ class LanguageModel(Layer):
         seed = resolve_seed(seed)
         with self._backend.active():
             tokens, lengths = self._check_tokens(tokens, lengths)
-            x, pull_embedding, scale_x = tokens, None, None
-            if self.embedding is not None:
+            x, vectors, pull_embedding, scale_x = tokens, None, None, None
+            if self.embedding is not None and self.dropout:
                 x, pull_embedding = self.embedding.vjp(tokens)
                 x, scale_x = self._drop(x, seed, "embedding")
-            (output, final), pull_rnn = self.rnn.vjp(x, state, lengths=lengths, seed=seed)
+            elif self.embedding is not None:
+                vectors = self.embedding.params["weight"]
+            (output, final), pull_rnn = self.rnn.vjp(x, state, lengths=lengths, embedding=vectors, seed=seed)
             output, scale_output = self._drop(output, seed, "output")
             logits, pull_linear = self.linear.vjp(output)
 
@@ -181,11 +183,13 @@ class LanguageModel(Layer):
                     d_logits = zero_padding(d_logits, lengths)
                 linear = pull_linear(d_logits)
                 d_output = linear.x if scale_output is None else linear.x * scale_output
-                rnn = pull_rnn(d_output, d_state)
-                grads = {"rnn": rnn, "linear": linear}
+                rnn, xp = pull_rnn(d_output, d_state), self._backend.xp
+                parts = {"rnn": rnn.params.flat, "linear": linear.params.flat}
                 if pull_embedding is not None:
-                    grads["embedding"] = pull_embedding(rnn.x if scale_x is None else rnn.x * scale_x)
-                flat = self._backend.xp.concat([grads[part].params.flat for part, _ in self._parts()])
+                    parts["embedding"] = pull_embedding(rnn.x * scale_x).params.flat
+                elif self.embedding is not None:
+                    parts["embedding"] = xp.reshape(rnn.x, (-1,))
+                flat = xp.concat([parts[name] for name, _ in self._parts()])
                 return Gradients(None, ParameterDict(flat, self._params.shapes), rnn.state)
 
         return (logits, final), pullback
