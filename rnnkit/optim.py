@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._array import accumulation_dtype, dtype_name, namespace_of
+from ._array import accumulation_dtype, backend_of, dtype_name, namespace_of
 from ._typing import Array
+from .kernels import Case, kernels_for
 from .parameters import ParameterDict
 from .validation import check_number
 
@@ -147,18 +148,12 @@ class Adam(Optimizer):
         return {"lr": self.lr, "betas": list(self.betas), **self._settings}
 
     def _step(self, flat: Array, d_flat: Array) -> None:
-        xp, (beta_1, beta_2) = namespace_of(flat), self.betas
-        mean, square = self._slot("mean", flat), self._slot("square", flat)
-        mean *= beta_1
-        mean += (1.0 - beta_1) * d_flat
-        square *= beta_2
-        square += (1.0 - beta_2) * d_flat * d_flat
-        if self._settings["weight_decay"]:
-            flat *= 1.0 - self.lr * self._settings["weight_decay"]
-        # The bias corrections are numbers of the host: the step count is known there.
-        step_size = self.lr / (1.0 - beta_1**self.steps)
-        root = xp.sqrt(square) / (1.0 - beta_2**self.steps) ** 0.5 + self._settings["eps"]
-        flat -= step_size * mean / root
+        backend = backend_of(flat)
+        case = Case("adam", dtype_name(flat.dtype), 0, device=backend.name)
+        kernels_for(backend.library, case)["adam"](
+            flat, d_flat, self._slot("mean", flat), self._slot("square", flat),
+            betas=self.betas, steps=self.steps, lr=self.lr, **self._settings,
+        )  # fmt: skip
 
 
 def clip_grad_norm(grads: ParameterDict, max_norm: float) -> Array:

@@ -14,6 +14,7 @@ case; a faster module defines any subset of the same names, with the same argume
         -> output, h_n, saved
     rnn_backward(saved, weight_hh, d_output, d_h_n) -> d_gates, d_h_0
     embedding_backward(d_rows, index, num_rows) -> d_table
+    adam(flat, d_flat, mean, square, *, betas, steps, lr, eps, weight_decay): in place
     matmul(a, b, out=None) -> a @ b, 2-D, in `out` if given: the large products before and after a scan
 
 and ``why_not(name, case)``, None where it can serve the case and otherwise the reason, in a few words.
@@ -60,8 +61,8 @@ class Kernels:
 
 def names_of(cell: str) -> tuple[str, ...]:
     """Return the names of the kernels that a cell needs."""
-    if cell == "matmul":
-        return ("matmul",)
+    if cell in ("matmul", "adam"):
+        return (cell,)
     return (f"{cell}_backward",) if cell == "embedding" else (f"{cell}_forward", f"{cell}_backward")
 
 

@@ -18,6 +18,7 @@ Nothing at module level changes: any number of threads may call.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from itertools import repeat
 from typing import NamedTuple
@@ -31,7 +32,7 @@ from ._numpy_step import dot_for, logistic_of_minus, transposed
 from ._schedule import Schedule, after, backwards, cut, cut_scratch, enter, output, scratch, sorted_copy
 
 __all__ = [
-    "embedding_backward", "gru_backward", "gru_forward", "lstm_backward", "lstm_forward", "matmul",
+    "adam", "embedding_backward", "gru_backward", "gru_forward", "lstm_backward", "lstm_forward", "matmul",
     "rnn_backward", "rnn_forward", "why_not",
 ]  # fmt: skip
 
@@ -232,11 +233,49 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
 
 
 def embedding_backward(d_rows: Array, index: Array, num_rows: int) -> Array:
-    """Sort the rows by index, then add up each run: linear in the rows, whatever the table's size."""
+    """Sort the rows by index, then add up each run: linear in the rows, whatever the table's size.
+
+    `np.add.reduceat` would do without the loop, in 30 instead of 2.3 ms for 3200 rows of 1024 and 65 indices.
+    """
     total = np.zeros((num_rows, d_rows.shape[1]), d_rows.dtype)
     if index.size:
         order = np.argsort(index, kind="stable")
-        ordered = index[order]
-        starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-        total[ordered[starts]] = np.add.reduceat(d_rows[order], starts, axis=0)
+        ordered, rows = index[order], d_rows[order]
+        starts = [0, *(np.flatnonzero(ordered[1:] != ordered[:-1]) + 1).tolist(), len(ordered)]
+        for start, end in itertools.pairwise(starts):
+            np.add.reduce(rows[start:end], axis=0, out=total[ordered[start]])
     return total
+
+
+# ----------------------------------------------------------------------------------------- optimiser
+
+# Numbers that are worked on at a time, so that they stay in the second-level cache.
+_ADAM_BLOCK = 1 << 14
+
+
+def adam(
+    flat: Array, d_flat: Array, mean: Array, square: Array, *, betas: tuple[float, float], steps: int,
+    lr: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """Change flat, mean and square (N,) by a step of Adam, block by block."""
+    beta_1, beta_2 = betas
+    step_size, root = lr / (1.0 - beta_1**steps), (1.0 - beta_2**steps) ** 0.5
+    room = np.empty((2, min(_ADAM_BLOCK, flat.size)), flat.dtype)
+    for start in range(0, flat.size, _ADAM_BLOCK):
+        p, d, m, v = (array[start : start + _ADAM_BLOCK] for array in (flat, d_flat, mean, square))
+        a, b = room[:, : p.size]
+        np.multiply(m, beta_1, m)
+        np.multiply(d, 1.0 - beta_1, a)
+        np.add(m, a, m)
+        np.multiply(v, beta_2, v)
+        np.multiply(d, d, a)
+        np.multiply(a, 1.0 - beta_2, a)
+        np.add(v, a, v)
+        if weight_decay:
+            np.multiply(p, 1.0 - lr * weight_decay, p)
+        np.sqrt(v, a)
+        np.divide(a, root, a)
+        np.add(a, eps, a)
+        np.multiply(m, step_size, b)
+        np.divide(b, a, b)
+        np.subtract(p, b, p)

@@ -294,6 +294,28 @@ def embedding_backward(d_rows: Array, index: Array, num_rows: int) -> Array:
     return total
 
 
+def adam(
+    flat: Array, d_flat: Array, mean: Array, square: Array, *, betas: tuple[float, float], steps: int,
+    lr: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """Change flat, mean and square (N,) in place by step number `steps` of Adam, which counts from 1.
+
+    mean <- b1 mean + (1-b1) d;  square <- b2 square + (1-b2) d^2;  flat <- flat (1 - lr weight_decay)
+    flat <- flat - lr / (1-b1^t) mean / (sqrt(square / (1-b2^t)) + eps)
+    """
+    xp, (beta_1, beta_2) = namespace_of(flat), betas
+    mean *= beta_1
+    mean += (1.0 - beta_1) * d_flat
+    square *= beta_2
+    square += (1.0 - beta_2) * d_flat * d_flat
+    if weight_decay:
+        flat *= 1.0 - lr * weight_decay
+    # The bias corrections are numbers of the host: the step count is known there.
+    step_size = lr / (1.0 - beta_1**steps)
+    root = xp.sqrt(square) / (1.0 - beta_2**steps) ** 0.5 + eps
+    flat -= step_size * mean / root
+
+
 # ------------------------------------------------------------------------------------------- pieces
 
 
