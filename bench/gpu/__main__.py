@@ -1,0 +1,109 @@
+"""Run ``python -m bench.gpu --help``.
+
+Exit status: 0; 1 when a result was wrong, or there is no GPU; 2 for a wrong argument; 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rnnkit._array import BackendUnavailableError
+
+from .. import arguments
+from ..records import Record
+from . import measure, tables
+from .plan import Cell, plan
+from .rig import Gpu
+from .session import Session
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Verify, measure, print short tables, and return the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        prog="bench.gpu", allow_abbrev=False,
+        description="Time rnnkit on a GPU beside torch.nn, eager and as a CUDA graph; what matters first.",
+    )  # fmt: skip
+    parser.add_argument("--minutes", type=_minutes, metavar="N", help="stop then; the same command goes on")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where limits.json and gpu.json are written")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and stop; needs no GPU")
+    given = parser.parse_args(argv)
+    if given.dry_run:
+        print(shown(list(plan())))
+        return 0
+    if given.minutes is None or given.out is None:
+        parser.error("--minutes and --out are needed, but for --dry-run")
+    if given.out.exists() and not given.out.is_dir():
+        parser.error(f"--out {given.out} is no directory")
+    try:
+        rig = Gpu()
+        session = Session(given.out, rig, arguments.command_of("gpu", argv))
+        return run(session, list(plan()), 60.0 * given.minutes)
+    except ValueError as error:
+        parser.error(str(error))
+    except (BackendUnavailableError, RuntimeError) as error:
+        print(f"bench.gpu: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nbench.gpu: stopped; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def run(session: Session, cells: Sequence[tuple[str, Cell]], seconds: float) -> int:
+    """Verify the kernels, measure what is not there yet, print, and return the exit status."""
+    deadline = time.monotonic() + seconds
+    wrong = measure.verify(session.rig)
+    if wrong:
+        print("Wrong results on small problems; nothing was timed:\n\n" + "\n".join(wrong))
+        return 1
+    session.measure_limits()
+    left = session.measure_cells(cells, deadline)
+    print(outcome(session, left))
+    return int(any(record["status"] == "wrong" for record in session.cells))
+
+
+def outcome(session: Session, left: int) -> str:
+    """Return what a run ends with: short, since the end of an output is what is kept of it."""
+    parts = [tables.conditions(session.limits), tables.limits(session.limits)]
+    if session.cells:
+        parts.append(tables.summary(session.cells))
+        parts += [f"Not timed:\n\n{trouble}"] if (trouble := _first_problems(session.cells)) else []
+    parts.append(f"{left} cells of the plan are left. All times: python -m bench.report DIR/gpu.json")
+    return "\n\n".join(parts)
+
+
+def _first_problems(records: Sequence[Record], most: int = 20) -> str:
+    lines = tables.problems(records).splitlines()
+    return "\n".join(lines[:most] + [f"- and {len(lines) - most} more"] * (len(lines) > most))
+
+
+def shown(cells: Sequence[tuple[str, Cell]]) -> str:
+    """Return the plan, a line for each question; cells of all but the last in full."""
+    lines = [f"{len(cells)} cells, in this order, as far as the minutes go:"]
+    for title, group in itertools.groupby(cells, key=lambda pair: pair[0]):
+        members = [str(cell) for _, cell in group]
+        lines.append(f"\n{title}: {len(members)}")
+        most = 40  # the grid as a whole has thousands
+        lines += [f"  {name}" for name in (members if len(members) <= most else members[:3])]
+        lines += [f"  ... up to {members[-1]}"] * (len(members) > most)
+    return "\n".join(lines)
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
