@@ -19,7 +19,7 @@ from .. import arguments
 from ..records import Record
 from . import measure, tables
 from .plan import Cell, plan
-from .rig import Gpu
+from .rig import Gpu, Rig
 from .session import Session
 
 
@@ -33,16 +33,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=_minutes, metavar="N", help="stop then; the same command goes on")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where limits.json and gpu.json are written")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and stop; needs no GPU")
+    parser.add_argument(
+        "--verify", action="store_true", help="check small problems and stop; for compute-sanitizer"
+    )
     given = parser.parse_args(argv)
     if given.dry_run:
         print(shown(list(plan())))
         return 0
-    if given.minutes is None or given.out is None:
-        parser.error("--minutes and --out are needed, but for --dry-run")
-    if given.out.exists() and not given.out.is_dir():
+    if not given.verify and (given.minutes is None or given.out is None):
+        parser.error("--minutes and --out are needed, but for --dry-run and --verify")
+    if not given.verify and given.out.exists() and not given.out.is_dir():
         parser.error(f"--out {given.out} is no directory")
     try:
         rig = Gpu()
+        if given.verify:
+            return verify(rig)
         session = Session(given.out, rig, arguments.command_of("gpu", argv))
         return run(session, list(plan()), 60.0 * given.minutes)
     except ValueError as error:
@@ -55,12 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def verify(rig: Rig) -> int:
+    """Check the kernels on small problems, say what came out, and return the exit status."""
+    with rig.without_pool():
+        wrong = measure.verify(rig)
+    print("Wrong on small problems:\n\n" + "\n".join(wrong) if wrong else "All kernels are right.")
+    return int(bool(wrong))
+
+
 def run(session: Session, cells: Sequence[tuple[str, Cell]], seconds: float) -> int:
     """Verify the kernels, measure what is not there yet, print, and return the exit status."""
     deadline = time.monotonic() + seconds
-    wrong = measure.verify(session.rig)
-    if wrong:
-        print("Wrong results on small problems; nothing was timed:\n\n" + "\n".join(wrong))
+    if verify(session.rig):
         return 1
     session.measure_limits()
     left = session.measure_cells(cells, deadline)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rnnkit._array import BackendUnavailableError, resolve_backend
+from rnnkit._cuda import cuda_version
 
 from ..records import processor, versions_of
 from ..timing import Side
@@ -62,6 +63,9 @@ class Rig(Protocol):
     def free(self) -> None:
         """Give all cached memory back, so that one library's cache does not starve the other."""
 
+    def without_pool(self) -> AbstractContextManager[None]:
+        """Return a context in which each array has memory of its own, whose ends a sanitizer knows."""
+
 
 class Host:
     """The processor in place of a GPU: NumPy for CuPy, torch's CPU, no graphs, no TF32."""
@@ -88,6 +92,9 @@ class Host:
 
     def free(self) -> None:
         gc.collect()
+
+    def without_pool(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 class GpuClock:
@@ -156,8 +163,8 @@ class Gpu:
         return {
             "device": f"{properties['name'].decode()}, {properties['multiProcessorCount']} SMs, "
             f"{memory:.0f} GiB",
-            "driver": driver_version() or f"for CUDA {dotted(runtime.driverGetVersion())}",
-            "cuda": dotted(self._cupy.cuda.get_local_runtime_version()),
+            "driver": driver_version() or f"for CUDA {cuda_version(runtime.driverGetVersion())}",
+            "cuda": cuda_version(self._cupy.cuda.get_local_runtime_version()),
             "versions": versions,
             "processor": processor(),
         }
@@ -213,10 +220,9 @@ class Gpu:
         if self._torch is not None:
             self._torch.cuda.empty_cache()
 
-
-def dotted(version: int) -> str:
-    """Return CUDA's number of a version, 13020, as people write it: 13.2."""
-    return f"{version // 1000}.{version % 1000 // 10}"
+    def without_pool(self) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = self._cupy.cuda.using_allocator(None)
+        return context
 
 
 def driver_version() -> str:
