@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,6 +87,24 @@ def test_dry_run_needs_no_gpu_and_loads_none(tmp_path):
     assert done.stdout.startswith(f"{len(list(plan.plan()))} cells")
     assert "FlashRNN's published cell: 2\n  forward lstm (1024, 16, 768, 768) bfloat16" in done.stdout
     assert "... up to" in done.stdout
+
+
+def test_gpu_tests_are_collected_without_optional_packages():
+    """On the machine with the GPU there may be CuPy, torch and pytest, and little else."""
+    code = (
+        "import sys, pytest\n"
+        "for name in ('onnx', 'onnxruntime', 'numba', 'scipy', 'matplotlib', 'hypothesis',\n"
+        "             'array_api_strict'): sys.modules[name] = None\n"
+        "sys.exit(pytest.main(['-m', 'gpu', '--collect-only', '-q', 'tests']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    for test in ("test_gpu.py::test_a_foreign_stream", "test_recurrent.py", "[cupy"):
+        assert test in done.stdout
+    assert "error" not in done.stdout.splitlines()[-1]
 
 
 # --------------------------------------------------------------------------------------- being right
@@ -243,6 +264,73 @@ def test_a_capture_that_fails_costs_only_itself(host):
     assert "not permitted when stream is capturing" in graphed["reason"]
     assert graphed["seconds"] > 0.0
     assert graphed["peer_seconds"] is None
+
+
+class FakeCuda:
+    """torch.cuda as far as a capture needs it; writes down in which stream what happens."""
+
+    def __init__(self, fails=False):
+        self.fails, self.current, self.log, self.capturing = fails, "default", [], False
+
+    def Stream(self):  # noqa: N802
+        return SimpleNamespace(wait_stream=lambda other: self.log.append(f"side waits for {other}"))
+
+    def CUDAGraph(self):  # noqa: N802
+        return SimpleNamespace(replay=lambda: self.log.append(f"replay in {self.current}"))
+
+    def current_stream(self):
+        return self.current
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, "side"
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph, *, stream):
+        self.capturing = True
+        yield
+        self.capturing = False
+        if self.fails:
+            raise RuntimeError("capture failed")
+
+
+def gpu_with(cuda):
+    """Return a `Gpu` without a GPU, whose torch has this cuda."""
+    gpu = rig.Gpu.__new__(rig.Gpu)
+    gpu._torch = SimpleNamespace(cuda=cuda)
+    return gpu
+
+
+def test_a_graph_is_warmed_up_captured_and_replayed():
+    cuda = FakeCuda()
+
+    def make():
+        cuda.log.append(f"made in {cuda.current}")
+        return timing.Side("torch", call, lambda result: {"result": result})
+
+    def call():
+        cuda.log.append(f"{'captured' if cuda.capturing else 'called'} in {cuda.current}")
+        return "the tensors of the capture"
+
+    side = gpu_with(cuda).graphed(make)
+    assert cuda.log == [
+        "side waits for default", "made in side", *["called in side"] * rig.WARM_UPS, "captured in side",
+    ]  # fmt: skip
+    assert side.name == sides.GRAPHED
+    del cuda.log[:]
+    assert side.compute() == {"result": "the tensors of the capture"}
+    assert cuda.log == ["replay in default"]
+
+
+def test_a_capture_that_fails_leaves_the_current_stream_as_it_was():
+    cuda = FakeCuda(fails=True)
+    with pytest.raises(RuntimeError, match="capture failed"):
+        gpu_with(cuda).graphed(lambda: timing.Side("torch", lambda: None, dict))
+    assert cuda.current == "default"
 
 
 def test_without_torch_rnnkit_is_measured_alone(host, monkeypatch):

@@ -367,7 +367,8 @@ def test_tf32_is_less_exact_than_float32(cupy, gpu, rng):
     for tf32 in (False, True):
         with gpu.precision(tf32):
             errors.append(np.abs(to_numpy(a @ a) - exact).max())
-    assert errors[0] < 1e-4 < errors[1]
+    # Sums of 256 products near 1, each rounded to 24 or to 11 bits.
+    assert errors[0] < 1e-3 < errors[1]
 
 
 def test_a_measured_cell(gpu, torch):
