@@ -227,7 +227,7 @@ def test_a_record_has_both_sides(host):
         assert record["max_error"] <= sides.TOLERANCE["float32"]
         assert record["density"] < 1.0
         assert record["ragged"]
-        assert record["versions"]["torch"] == torch.__version__
+        assert torch.__version__.startswith(record["versions"]["torch"].partition("+")[0])
 
 
 class WithGraphs(rig.Host):
@@ -409,17 +409,35 @@ def test_a_limit_is_a_part_of_a_call():
     assert record["rate"] == pytest.approx(4.0)
 
 
-@pytest.mark.parametrize(
-    ("make", "status", "reason"),
-    [
-        (lambda: (lambda: None, lambda: False), "wrong", "did not do what it should"),
-        (lambda: 1 / 0, "failed", "ZeroDivisionError"),
-    ],
-)
-def test_a_limit_that_cannot_be_trusted_is_not_timed(make, status, reason):
-    record = limits.measure(limits.Limit("x", "y", make), QUICK, clock.HostClock(), rig.Host().facts)
-    assert (record["status"], record["seconds"]) == (status, None)
-    assert reason in record["reason"]
+@pytest.mark.parametrize("good_checks", [0, 1])
+def test_a_limit_that_does_not_what_it_should_is_not_timed(good_checks):
+    calls, checks = [], []
+
+    def holds():
+        checks.append(len(calls))
+        return len(checks) <= good_checks
+
+    limit = limits.Limit("x", "y", lambda: (lambda: calls.append(None), holds))
+    record = limits.measure(limit, QUICK, clock.HostClock(), rig.Host().facts)
+    assert (record["status"], record["seconds"]) == ("wrong", None)
+    assert "did not do what it should" in record["reason"]
+    assert (len(calls) == 1) == (good_checks == 0)  # a barrier that fails takes long: no second try
+
+
+def test_a_limit_that_fails_says_how():
+    limit = limits.Limit("x", "y", lambda: 1 / 0)
+    record = limits.measure(limit, QUICK, clock.HostClock(), rig.Host().facts)
+    assert (record["status"], record["seconds"]) == ("failed", None)
+    assert "ZeroDivisionError" in record["reason"]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
+def test_the_barriers_compile(tmp_path):
+    command = ["nvcc", "-arch=sm_90", "-cubin", "-o", str(tmp_path / "barriers.cubin"), str(limits.SOURCE)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    code = (tmp_path / "barriers.cubin").read_bytes()
+    assert all(name in code for name in (b"empty", b"grid_barriers", b"cluster_barriers"))
 
 
 # --------------------------------------------------------------------------- being killed, and going on

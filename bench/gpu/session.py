@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import records
+from ..arguments import progress
 from ..records import Record
 from ..timing import Effort
 from . import limits, measure
@@ -89,7 +90,9 @@ class Session:
         took = 0.0
         known = {_key(record) for record in self.cells}
         left = [(stage, cell) for stage, cell in plan if _key_of(cell) not in known]
-        for done, (stage, cell) in enumerate(left):
+        bar = progress(left)
+        for done, (stage, cell) in enumerate(bar):
+            bar.set_description(str(cell))
             began = time.monotonic()
             if began + took > deadline:
                 return len(left) - done
