@@ -13,8 +13,9 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from bench import cases, correct, ours, records, report, tables, timing
 from bench.gpu import __main__ as program
 from bench.gpu import clock, limits, measure, plan, rig, session, sides
 from bench.gpu import tables as gpu_tables
+from rnnkit._array import BackendUnavailableError
 
 ROOT = Path(__file__).parents[1]
 QUICK = timing.Effort(0.0, 1)
@@ -331,6 +333,129 @@ def test_a_capture_that_fails_leaves_the_current_stream_as_it_was():
     with pytest.raises(RuntimeError, match="capture failed"):
         gpu_with(cuda).graphed(lambda: timing.Side("torch", lambda: None, dict))
     assert cuda.current == "default"
+
+
+class FakeModule:
+    """cupy.RawModule: kernels that do on the host what they are for, and check how they are launched."""
+
+    def __init__(self, *, code, enable_cooperative_groups=False):
+        self.code, self.cooperative = code, enable_cooperative_groups
+
+    def get_function(self, name):
+        assert f"{name}(" in self.code
+
+        def launch(grid, block, arguments):
+            assert len(grid) in (1, 2)
+            assert block == (32,)
+            if name == "grid_barriers":
+                assert self.cooperative
+                assert grid[0] == 1, "CuPy shrinks a cooperative grid (n, 1) silently"
+                arrived, failed, count = arguments
+                arrived += np.uint32(grid[1] * count)
+                assert not failed
+            if name == "cluster_barriers":
+                assert not self.cooperative
+                assert grid[0] % limits.CLUSTER == 0
+            assert all(isinstance(value, (np.ndarray, np.int32)) for value in arguments)
+
+        return launch
+
+
+@pytest.fixture
+def fake_cupy(monkeypatch):
+    """Put a CuPy in place that is NumPy, with a device of four multiprocessors and TF32 switched off."""
+    names = (
+        "arange",
+        "zeros",
+        "ones",
+        "zeros_like",
+        "copyto",
+        "tanh",
+        "matmul",
+        "float32",
+        "uint32",
+        "int32",
+    )
+    cupy = ModuleType("cupy")
+    cupy.__version__, cupy.__spec__ = "14.2.0", ModuleSpec("cupy", None)
+    for name in names:
+        setattr(cupy, name, getattr(np, name))
+    properties = {"name": b"A GPU", "multiProcessorCount": 4, "totalGlobalMem": 80 << 30}
+    runtime = SimpleNamespace(
+        getDeviceProperties=lambda number: properties,
+        driverGetVersion=lambda: 13000,
+        deviceSynchronize=lambda: None,
+    )
+    cupy.RawModule, cupy.cuda = FakeModule, SimpleNamespace(
+        runtime=runtime,
+        Device=lambda: SimpleNamespace(id=0),
+        get_current_stream=lambda: SimpleNamespace(ptr=0),
+        get_local_runtime_version=lambda: 13010,
+    )  # fmt: skip
+    linalg = ModuleType("cupy._core._routines_linalg")
+    linalg.COMPUTE_TYPE_DEFAULT, linalg.COMPUTE_TYPE_TF32, linalg.now = 1, 7, 1
+    linalg.get_compute_type = lambda dtype: linalg.now
+    linalg.set_compute_type = lambda dtype, value: setattr(linalg, "now", value)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, linalg.__name__, linalg)
+    monkeypatch.setattr(rig, "resolve_backend", lambda name: None)
+    monkeypatch.setattr(rig, "driver_version", lambda: "580.0")
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    return cupy
+
+
+def test_what_a_gpu_says_of_itself(fake_cupy):
+    facts = rig.Gpu().facts
+    assert facts["device"] == "A GPU, 4 SMs, 80 GiB"
+    assert (facts["driver"], facts["cuda"]) == ("580.0", "13.1")
+    assert facts["versions"]["cupy"] == "14.2.0"
+
+
+def test_the_limits_of_a_gpu(fake_cupy, monkeypatch):
+    monkeypatch.setattr(limits, "COPIED", 1 << 12)
+    found = limits.of_gpu(fake_cupy, None)
+    assert len({(limit.measure, limit.detail) for limit in found}) == len(found)
+    for limit in found:
+        record = limits.measure(limit, QUICK, clock.HostClock(), rig.Gpu().facts)
+        assert (record["status"], record["reason"]) == ("ok", "")
+    assert {limit.measure for limit in found} == {"copy", "launch", "barrier"}
+    products = [limit for limit in limits.of_gpu(fake_cupy, SimpleNamespace()) if limit.unit == "FLOP/s"]
+    assert [limit.tf32 for limit in products] == [name == "tf32" for name in plan.PRECISIONS]
+
+
+def test_tf32_is_pinned_on_both_sides_and_restored(fake_cupy, torch):
+    linalg = sys.modules["cupy._core._routines_linalg"]
+    gpu = rig.Gpu()
+    gpu._torch = torch  # without CUDA it has the settings all the same
+
+    def settings():
+        return linalg.now, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    def fail(tf32):
+        with gpu.precision(tf32):
+            assert settings() == (7 if tf32 else 1, tf32, tf32)
+            raise ZeroDivisionError
+
+    before = settings()
+    for tf32 in (True, False):
+        with pytest.raises(ZeroDivisionError):
+            fail(tf32)
+        assert settings() == before
+
+
+def test_a_setting_from_outside_is_refused(fake_cupy, monkeypatch):
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    with pytest.raises(BackendUnavailableError, match="NVIDIA_TF32_OVERRIDE is set"):
+        rig.Gpu()
+
+
+def test_two_streams_are_refused(fake_cupy):
+    gpu = rig.Gpu()
+    gpu._torch = SimpleNamespace(cuda=SimpleNamespace(current_stream=lambda: SimpleNamespace(cuda_stream=0)))
+    gpu._check_streams()
+    fake_cupy.cuda.get_current_stream = lambda: SimpleNamespace(ptr=2)
+    with pytest.raises(BackendUnavailableError, match="CuPy's current stream is 2 and torch's is 0"):
+        gpu._check_streams()
 
 
 def test_without_torch_rnnkit_is_measured_alone(host, monkeypatch):
