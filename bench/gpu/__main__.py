@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -38,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(argv)
     if given.dry_run:
-        print(shown(list(plan())))
-        return 0
+        return dry_run()
     if not given.verify and (given.minutes is None or given.out is None):
         parser.error("--minutes and --out are needed, but for --dry-run and --verify")
     if not given.verify and given.out.exists() and not given.out.is_dir():
@@ -58,6 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nbench.gpu: stopped; the same command goes on", file=sys.stderr)
         return 130
+
+
+def dry_run() -> int:
+    """Print the plan and return the exit status."""
+    try:
+        print(shown(list(plan())), flush=True)
+    except BrokenPipeError:  # `--dry-run | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def verify(rig: Rig) -> int:
