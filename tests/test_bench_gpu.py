@@ -202,6 +202,15 @@ def test_what_is_right_is_verified(host, monkeypatch, capsys):
     assert capsys.readouterr().out == "All kernels are right.\n"
 
 
+def test_one_fault_that_shows_everywhere_does_not_fill_the_screen(host, monkeypatch, capsys):
+    monkeypatch.setattr(program, "Gpu", lambda: host)
+    monkeypatch.setattr(measure, "verify", lambda where: [f"line {k}" for k in range(288)])
+    assert program.main(["--verify"]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert told[2] == "line 0"
+    assert told[-1] == "- and 268 more"
+
+
 def test_verifying_reaches_every_dtype_that_a_kernel_serves(host, monkeypatch):
     tried = set()
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from rnnkit._array import BackendUnavailableError
 
 from .. import arguments
-from ..records import Record
 from . import measure, tables
 from .plan import Cell, plan
 from .rig import Gpu, Rig
@@ -73,7 +72,7 @@ def verify(rig: Rig) -> int:
     """Check the kernels on small problems, say what came out, and return the exit status."""
     with rig.without_pool():
         wrong = measure.verify(rig)
-    print("Wrong on small problems:\n\n" + "\n".join(wrong) if wrong else "All kernels are right.")
+    print(f"Wrong on small problems:\n\n{_first(wrong)}" if wrong else "All kernels are right.")
     return int(bool(wrong))
 
 
@@ -93,14 +92,15 @@ def outcome(session: Session, left: int) -> str:
     parts = [tables.conditions(session.limits), tables.limits(session.limits)]
     if session.cells:
         parts.append(tables.summary(session.cells))
-        parts += [f"Not timed:\n\n{trouble}"] if (trouble := _first_problems(session.cells)) else []
+        trouble = tables.problems(session.cells).splitlines()
+        parts += [f"Not timed:\n\n{_first(trouble)}"] if trouble else []
     parts.append(f"{left} cells of the plan are left. All times: python -m bench.report DIR/gpu.json")
     return "\n\n".join(parts)
 
 
-def _first_problems(records: Sequence[Record], most: int = 20) -> str:
-    lines = tables.problems(records).splitlines()
-    return "\n".join(lines[:most] + [f"- and {len(lines) - most} more"] * (len(lines) > most))
+def _first(lines: Sequence[str], most: int = 20) -> str:
+    """Return the first lines and how many more there are: one fault may show in all that comes after it."""
+    return "\n".join([*lines[:most], *([f"- and {len(lines) - most} more"] if len(lines) > most else [])])
 
 
 def shown(cells: Sequence[tuple[str, Cell]]) -> str:

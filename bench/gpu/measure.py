@@ -104,6 +104,7 @@ def failure(stage: str, cell: Cell, rig: Rig, error: Exception) -> list[Record]:
 def check(cell: Cell, problem: Problem, rig: Rig) -> Checked:
     """Make all sides of a cell and compare each with the reference in float64."""
     wanted, tolerance = expected(problem, rig), TOLERANCE[cell.precision]
+    rig.free()  # of float64, more than any side will need
     checked = Checked({}, {}, {})
     refused = {ours.name_of(name): ours.why_not(name, cell.case, rig.backend) for name in kernels_of(rig)}
     for name, make in makers(cell, problem, rig).items():
