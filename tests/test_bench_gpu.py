@@ -150,6 +150,20 @@ def test_half_precision_is_right_within_its_own_tolerance(host):
     assert correct.TOLERANCE < own["peer_error"] <= sides.TOLERANCE["float16"]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("cell", cases.CELLS)
+def test_tolerances_of_half_precision_fit(monkeypatch, torch, cell, dtype):
+    """Wide enough for what sums in half precision make of long sequences, and no wider than that by much."""
+    monkeypatch.setattr(ours, "kernel_modules", lambda backend: ("reference",))
+    host = rig.Host()
+    host.backend = "torch"  # NumPy has no bfloat16
+    one = plan.Cell(cases.Case("train", cell, 1024, 4, 64, 64, dtype))
+    checked = measure.check(one, sides.problem_of(one), host)
+    assert not checked.faults
+    assert sides.TOLERANCE[dtype] / 10 < checked.errors["torch"] < sides.TOLERANCE[dtype]
+    assert sides.HALF[dtype] / 10 < checked.errors["rnnkit reference"] < sides.HALF[dtype]
+
+
 def test_a_dtype_that_the_backend_lacks_is_unsupported(host):
     found = measure.measure("q", plan.Cell(CASE._replace(dtype="bfloat16")), host, QUICK)
     assert {record["status"] for record in found} == {"unsupported"}

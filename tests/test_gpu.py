@@ -31,9 +31,6 @@ LAYERS = {"lstm": rnnkit.LSTM, "gru": rnnkit.GRU, "rnn": rnnkit.RNN}
 KERNELS = ours.kernel_modules("cupy")
 QUICK = Effort(0.0, 1)
 
-# Twice the largest error of the reference on a CPU, against float64: output up to T = 1024 and H = 512.
-HALF = {"float16": 1.2e-3, "bfloat16": 1.2e-2}
-
 # Keeps its stream busy for about half a second, and ends by itself.
 SPIN = """
 extern "C" __global__ void spin(long long cycles) {
@@ -137,8 +134,8 @@ def test_rnnkit_and_torch_against_float64(gpu, cell, operation, precision, ragge
     assert not wrong
     assert set(sides.peers_of(one, gpu)) <= set(checked.right)
     for name, error in checked.errors.items():
-        if name.startswith("rnnkit") and precision in HALF:
-            assert error <= HALF[precision], name
+        if name.startswith("rnnkit") and precision in sides.HALF:
+            assert error <= sides.HALF[precision], name
 
 
 @pytest.mark.parametrize("cell", LAYERS)
