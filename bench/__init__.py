@@ -5,6 +5,7 @@ Commands, from a checkout::
     python -m bench.grid --quick            # the grid against torch.nn and ONNX Runtime
     python -m bench.growth                  # time against T, B, H
     python -m bench.startup                 # start to first prediction; memory of a training step
+    python -m bench.gpu --dry-run           # on a GPU, beside torch.nn; see `bench.gpu`
     python -m bench.report FILE...          # tables and pictures of what these wrote with --json
     pytest bench --benchmark-only           # the same cases under pytest-benchmark
 

@@ -76,13 +76,13 @@ def need_threadpoolctl(parser: argparse.ArgumentParser) -> None:
 
 
 def command_of(module: str, argv: Sequence[str]) -> str:
-    """Return the command line that repeats a run, without the file of that machine it was written to."""
+    """Return the command line that repeats a run, without the place on that machine it was written to."""
     kept: list[str] = []
     rest = iter(argv)
     for word in rest:
-        if word == "--json":
+        if word in ("--json", "--out"):
             next(rest)
-        elif not word.startswith("--json="):
+        elif not word.startswith(("--json=", "--out=")):
             kept.append(word)
     return shlex.join(["python", "-m", f"{__package__}.{module}", *kept])
 

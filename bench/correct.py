@@ -39,6 +39,6 @@ def _error(name: str, got: Any, wanted: Any) -> float:
     return float(np.max(np.abs(difference), initial=0.0))
 
 
-def is_right(error: float) -> bool:
+def is_right(error: float, tolerance: float = TOLERANCE) -> bool:
     """Whether an error is small enough for a time to count."""
-    return error <= TOLERANCE
+    return error <= tolerance

@@ -64,7 +64,7 @@ def side_of(problem: Problem, kernel: str, backend: str = "numpy", dtype: str | 
     kernel : str
         One of `kernel_modules`.
     backend : str
-        One of `BACKENDS`.
+        One of `BACKENDS`, or "cupy".
     dtype : str, optional
         By default the case's.
     """
@@ -121,9 +121,10 @@ def _step(problem: Problem, backend: str, dtype: str) -> Made:
 def _train(problem: Problem, backend: str, dtype: str) -> Made:
     layer = _layer(problem, backend, dtype)
     x, state, d_output = layer.asarray(problem.x), _state(problem, layer), layer.asarray(problem.d_output)
+    lengths = None if problem.lengths is None else layer.asarray(problem.lengths)
 
     def call() -> Any:
-        (output, final), pullback = layer.vjp(x, state)
+        (output, final), pullback = layer.vjp(x, state, lengths=lengths)
         return output, final, pullback(d_output)
 
     def results(result: Any) -> dict[str, Host]:

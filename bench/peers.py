@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from rnnkit import to_numpy
 
 from .cases import VOCABULARY, Case, Host, Problem
 from .ours import CHECKED_LM_STEPS, LM_LEARNING_RATE
@@ -19,6 +21,16 @@ from .timing import Side
 PEERS = ("torch", "onnxruntime")
 _NEEDS = {"torch": ("torch",), "onnxruntime": ("onnx", "onnxruntime")}
 _LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
+
+
+class Where(NamedTuple):
+    """Where torch computes, in its own words, and in which dtype."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+HOST = Where()
 
 
 def missing(peer: str) -> list[str]:
@@ -38,7 +50,7 @@ def load(peers: tuple[str, ...]) -> None:
             importlib.import_module(name)
 
 
-def side_of(peer: str, problem: Problem, threads: int) -> Side:
+def side_of(peer: str, problem: Problem, threads: int, where: Where = HOST) -> Side:
     """Return a peer's side of a case.
 
     Parameters
@@ -49,10 +61,12 @@ def side_of(peer: str, problem: Problem, threads: int) -> Side:
         A case for which `takes_part` holds.
     threads : int
         For ONNX Runtime's session; torch follows `timing.threads`.
+    where : Where
+        For torch; ONNX Runtime is a peer on the host alone.
     """
     if peer == "onnxruntime":
         return _onnxruntime(problem, threads)
-    call, results, scope = _TORCH[problem.case.operation](problem)
+    call, results, scope = _TORCH[problem.case.operation](problem, where)
     return Side("torch", call, results, scope)
 
 
@@ -61,77 +75,86 @@ def side_of(peer: str, problem: Problem, threads: int) -> Side:
 Made = tuple[Callable[[], Any], Callable[[Any], dict[str, Host]], Callable[[], AbstractContextManager[Any]]]
 
 
-def _torch_layer(problem: Problem) -> Any:
+def _tensor(values: Host, where: Where, **options: Any) -> Any:
+    """Return host values as a tensor; tokens stay integers."""
+    import torch
+
+    dtype = getattr(torch, where.dtype) if values.dtype.kind == "f" else None
+    return torch.tensor(values, device=where.device, dtype=dtype, **options)
+
+
+def _torch_layer(problem: Problem, where: Where) -> Any:
     import torch
 
     case = problem.case
     layer = getattr(torch.nn, _LAYERS[case.cell])(case.I, case.H)
-    layer.load_state_dict({name: torch.tensor(value) for name, value in problem.params.items()})
+    layer = layer.to(device=where.device, dtype=getattr(torch, where.dtype))
+    layer.load_state_dict({name: _tensor(value, where) for name, value in problem.params.items()})
     return layer
 
 
-def _torch_state(problem: Problem) -> Any:
-    import torch
-
-    parts = tuple(torch.tensor(part) for part in problem.state)
+def _torch_state(problem: Problem, where: Where) -> Any:
+    parts = tuple(_tensor(part, where) for part in problem.state)
     return parts if len(parts) == 2 else parts[0]
+
+
+def _torch_scan(problem: Problem, layer: Any, x: Any, where: Where) -> Callable[[], Any]:
+    """Return what runs the layer over the whole batch, packed where it is ragged."""
+    import torch
+    from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+    state, T = _torch_state(problem, where), problem.case.T
+    if problem.lengths is None:
+        return lambda: layer(x, state)
+    lengths = torch.tensor(problem.lengths)  # on the host, where packing wants them
+
+    def ragged() -> Any:
+        packed, final = layer(pack_padded_sequence(x, lengths, enforce_sorted=False), state)
+        return pad_packed_sequence(packed, total_length=T)[0], final
+
+    return ragged
 
 
 def _named(output: Any, state: Any) -> dict[str, Host]:
     parts = state if isinstance(state, tuple) else (state,)
-    results = {
-        name: part.detach().numpy() for name, part in zip(("h_n", "c_n")[: len(parts)], parts, strict=True)
-    }
-    return {"output": output.detach().numpy(), **results}
+    results = {name: to_numpy(part) for name, part in zip(("h_n", "c_n")[: len(parts)], parts, strict=True)}
+    return {"output": to_numpy(output), **results}
 
 
-def _torch_forward(problem: Problem) -> Made:
+def _torch_forward(problem: Problem, where: Where) -> Made:
     import torch
 
-    layer, x, state = _torch_layer(problem).eval(), torch.tensor(problem.x), _torch_state(problem)
-    return lambda: layer(x, state), lambda result: _named(*result), torch.inference_mode
-
-
-def _torch_step(problem: Problem) -> Made:
-    call, _, scope = _torch_forward(problem)
-    return call, lambda result: _named(result[0][0], result[1]), scope
-
-
-def _torch_ragged(problem: Problem) -> Made:
-    import torch
-    from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-
-    layer, x, state = _torch_layer(problem).eval(), torch.tensor(problem.x), _torch_state(problem)
-    lengths, T = torch.tensor(problem.lengths), problem.case.T
-
-    def call() -> Any:
-        packed, final = layer(pack_padded_sequence(x, lengths, enforce_sorted=False), state)
-        return pad_packed_sequence(packed, total_length=T)[0], final
-
+    call = _torch_scan(problem, _torch_layer(problem, where).eval(), _tensor(problem.x, where), where)
     return call, lambda result: _named(*result), torch.inference_mode
 
 
-def _torch_train(problem: Problem) -> Made:
+def _torch_step(problem: Problem, where: Where) -> Made:
+    call, _, scope = _torch_forward(problem, where)
+    return call, lambda result: _named(result[0][0], result[1]), scope
+
+
+def _torch_train(problem: Problem, where: Where) -> Made:
     import torch
 
-    layer, state = _torch_layer(problem), _torch_state(problem)
-    x = torch.tensor(problem.x, requires_grad=True)
-    d_output = torch.tensor(problem.d_output)
+    layer, x = _torch_layer(problem, where), _tensor(problem.x, where, requires_grad=True)
+    scan = _torch_scan(problem, layer, x, where)
+    assert problem.d_output is not None
+    d_output = _tensor(problem.d_output, where)
     names, params = zip(*layer.named_parameters(), strict=True)
 
     def call() -> Any:
-        output, final = layer(x, state)
+        output, final = scan()
         return output, final, torch.autograd.grad(output, (x, *params), d_output)
 
     def results(result: Any) -> dict[str, Host]:
         output, final, grads = result
-        gradients = {f"d_{name}": d.numpy() for name, d in zip(("x", *names), grads, strict=True)}
+        gradients = {f"d_{name}": to_numpy(d) for name, d in zip(("x", *names), grads, strict=True)}
         return {**_named(output, final), **gradients}
 
     return call, results, nullcontext
 
 
-def _torch_lm(problem: Problem) -> Made:
+def _torch_lm(problem: Problem, where: Where) -> Made:
     import torch
 
     case = problem.case
@@ -139,10 +162,12 @@ def _torch_lm(problem: Problem) -> Made:
         "embedding": torch.nn.Embedding(VOCABULARY, case.I),
         "rnn": getattr(torch.nn, _LAYERS[case.cell])(case.I, case.H),
         "linear": torch.nn.Linear(case.H, VOCABULARY),
-    })  # fmt: skip
-    parts.load_state_dict({name: torch.tensor(value) for name, value in problem.params.items()})
+    }).to(device=where.device, dtype=getattr(torch, where.dtype))  # fmt: skip
+    parts.load_state_dict({name: _tensor(value, where) for name, value in problem.params.items()})
     optimizer = torch.optim.Adam(parts.parameters(), LM_LEARNING_RATE)
-    tokens, targets, state = torch.tensor(problem.x), torch.tensor(problem.targets), _torch_state(problem)
+    assert problem.targets is not None
+    tokens, targets = _tensor(problem.x, where), _tensor(problem.targets, where)
+    state = _torch_state(problem, where)
 
     def call() -> Any:
         optimizer.zero_grad()
@@ -153,15 +178,15 @@ def _torch_lm(problem: Problem) -> Made:
         return loss
 
     def results(loss: Any) -> dict[str, Host]:
-        named = {f"d_{name}": p.grad.clone().numpy() for name, p in parts.named_parameters()}
+        named = {f"d_{name}": to_numpy(p.grad.clone()) for name, p in parts.named_parameters()}
         losses = [loss] + [call() for _ in range(CHECKED_LM_STEPS - 1)]
         return {"losses": np.array([value.item() for value in losses]), **named}
 
     return call, results, nullcontext
 
 
-_TORCH: dict[str, Callable[[Problem], Made]] = {
-    "forward": _torch_forward, "step": _torch_step, "ragged": _torch_ragged, "train": _torch_train,
+_TORCH: dict[str, Callable[[Problem, Where], Made]] = {
+    "forward": _torch_forward, "step": _torch_step, "ragged": _torch_forward, "train": _torch_train,
     "lm": _torch_lm,
 }  # fmt: skip
 

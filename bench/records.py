@@ -2,8 +2,8 @@
 
 A file is a JSON object::
 
-    {"schema": 1, "kind": "grid" | "growth" | "startup", "command": str, "date": "2025-01-31",
-     "effort": {"seconds": float, "rounds": int}, "records": [record, ...]}
+    {"schema": 1, "kind": "grid" | "growth" | "startup" | "gpu" | "gpu limits", "command": str,
+     "date": "2025-01-31", "effort": {"seconds": float, "rounds": int}, "records": [record, ...]}
 
 `kind` is the program, `command` how to run it again, `effort` how long each case was timed (see
 `timing.Effort`). All times are in seconds, all rates in FLOP/s, all sizes in bytes.
@@ -37,10 +37,29 @@ A record of "grid" and "growth" is one case, with one kernel against one peer:
 What was not measured is null. A record of "startup" has `measure` ("first prediction", "import" or
 "training memory"), `side`, `seconds` and `spread` or null, `resident` and `needed` (bytes or null),
 `max_error`, `status`, `reason`, `versions`, `processor`; see `bench.startup`.
+
+A record of "gpu" is one cell, with one kernel against one form of the peer. It has the fields of a case
+from `backend` to `spread`, but for threads, p99 and padded_seconds, and:
+
+    stage               which question the cell answers; see `bench.gpu.plan`
+    level               of the kernel: 0 for the reference, one more for each faster module
+    tf32                whether float32 products could use TF32, on both sides
+    ragged              whether the batch had lengths
+    status              "failed" too: it raised an error, such as for want of memory
+    least               the shortest call
+    peer, graphed       "torch", and whether replayed as a CUDA graph; null where no peer takes part
+    peer_seconds, peer_least, peer_spread, peer_error, ratio
+                        the peer is timed also where the kernel is not
+    device, driver, cuda, versions, processor
+
+A record of "gpu limits" is what the machine does at best: `measure`, `detail`, `seconds`, `least`, `spread`
+(of one barrier, one launch, one copy, one product), `rate` and its `unit` where there is such a thing, and
+`status`, `reason` and the machine as above.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -71,8 +90,23 @@ _CASE: dict[str, tuple[type, ...]] = {
 _STARTUP: dict[str, tuple[type, ...]] = {
     "measure": _TEXT, "side": _TEXT, "resident": _OPTIONAL, "needed": _OPTIONAL, **_COMMON,
 }  # fmt: skip
-FIELDS = {"grid": _CASE, "growth": _CASE, "startup": _STARTUP}
-STATUSES = ("ok", "wrong", "unsupported", "peer wrong")
+_DEVICE: dict[str, tuple[type, ...]] = {
+    "device": _TEXT, "driver": _TEXT, "cuda": _TEXT, "versions": (dict,), "processor": _TEXT,
+}  # fmt: skip
+_GPU: dict[str, tuple[type, ...]] = {
+    "stage": _TEXT, "backend": _TEXT, "kernel": _TEXT, "level": _SIZE, "default": (bool,),
+    "operation": _TEXT, "cell": _TEXT, "T": _SIZE, "B": _SIZE, "I": _SIZE, "H": _SIZE, "dtype": _TEXT,
+    "tf32": (bool,), "ragged": (bool,), "density": _NUMBER, "status": _TEXT, "reason": _TEXT,
+    "max_error": _OPTIONAL, "seconds": _OPTIONAL, "least": _OPTIONAL, "spread": _OPTIONAL,
+    "peer": (str, type(None)), "graphed": (bool,), "peer_seconds": _OPTIONAL, "peer_least": _OPTIONAL,
+    "peer_spread": _OPTIONAL, "peer_error": _OPTIONAL, "ratio": _OPTIONAL, **_DEVICE,
+}  # fmt: skip
+_LIMIT: dict[str, tuple[type, ...]] = {
+    "measure": _TEXT, "detail": _TEXT, "seconds": _OPTIONAL, "least": _OPTIONAL, "spread": _OPTIONAL,
+    "rate": _OPTIONAL, "unit": _TEXT, "status": _TEXT, "reason": _TEXT, **_DEVICE,
+}  # fmt: skip
+FIELDS = {"grid": _CASE, "growth": _CASE, "startup": _STARTUP, "gpu": _GPU, "gpu limits": _LIMIT}
+STATUSES = ("ok", "wrong", "unsupported", "peer wrong", "failed")
 
 
 def check(document: Any) -> None:
@@ -93,13 +127,15 @@ def check(document: Any) -> None:
 
 
 def save(path: Path, kind: str, command: str, date: str, effort: Effort, records: Iterable[Record]) -> None:
-    """Write a file, checked."""
+    """Write a file, checked; whoever is killed meanwhile leaves the old one."""
     document = {
         "schema": SCHEMA, "kind": kind, "command": command, "date": date, "effort": effort._asdict(),
         "records": list(records),
     }  # fmt: skip
     check(document)
-    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -127,11 +163,7 @@ def finite(value: float) -> float | None:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of every package that may take part, and NumPy's BLAS."""
-    names = ("rnnkit", "numpy", "scipy", "numba", "torch", "onnxruntime")
-    found = {"python": platform.python_version()}
-    for name in names:
-        if importlib.util.find_spec(name):
-            found[name] = _version(name)
+    found = versions_of(("rnnkit", "numpy", "scipy", "numba", "torch", "onnxruntime"))
     from threadpoolctl import threadpool_info
 
     for library in threadpool_info():
@@ -141,11 +173,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _version(name: str) -> str:
-    if name == "rnnkit":  # from the source that runs, which need not be the one installed
-        import rnnkit
+def versions_of(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of Python and of those packages that are installed."""
+    found = {"python": platform.python_version()}
+    return found | {name: _version(name) for name in names if importlib.util.find_spec(name)}
 
-        return rnnkit.__version__
+
+def _version(name: str) -> str:
+    if name in ("rnnkit", "cupy"):  # of the source that runs; CuPy's wheels have the CUDA in their name
+        return str(importlib.import_module(name).__version__)
     return importlib.metadata.version(name)
 
 

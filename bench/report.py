@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import grid, growth, startup, tables
-from .records import load
+from .gpu import tables as gpu_tables
+from .records import Record, load
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
@@ -50,8 +51,13 @@ def text(document: Document) -> str:
     head = f"## `{document['command']}`, {document['date']}"
     if not document["records"]:
         return f"{head}\n\n{NOTHING}"
-    show = {"grid": grid.report, "growth": growth.report, "startup": startup.report}[document["kind"]]
-    return f"{head}\n\n{show(document['records'])}"
+    return f"{head}\n\n{_SHOWN[document['kind']](document['records'])}"
+
+
+_SHOWN: dict[str, Callable[[Sequence[Record]], str]] = {
+    "grid": grid.report, "growth": growth.report, "startup": startup.report, "gpu": gpu_tables.report,
+    "gpu limits": gpu_tables.report_limits,
+}  # fmt: skip
 
 
 def section(documents: Sequence[Document]) -> str:
@@ -61,11 +67,17 @@ def section(documents: Sequence[Document]) -> str:
         records = document["records"]
         if document["kind"] == "growth" or not records:
             continue  # curves are pictures
-        made = f"`{document['command']}`, {document['date']}: {tables.conditions(records)}"
+        on_gpu = document["kind"].startswith("gpu")
+        conditions = (gpu_tables if on_gpu else tables).conditions(records)
+        made = f"`{document['command']}`, {document['date']}: {conditions}"
+        caption = "The peer's time over rnnkit's, geometric mean and range; above 1 rnnkit is faster."
         if document["kind"] == "startup":
             parts += [made, startup.table_of(records)]
+        elif document["kind"] == "gpu limits":
+            parts += [made, gpu_tables.limits(records)]
+        elif document["kind"] == "gpu":
+            parts += [made, caption, gpu_tables.summary(records)]
         else:
-            caption = "The peer's time over rnnkit's, geometric mean and range; above 1 rnnkit is faster."
             parts += [made, caption, tables.summary(records)]
             wrong = tables.problems([r for r in records if r["status"] != "unsupported"])
             parts += [f"Not timed:\n\n{wrong}"] if wrong else []

@@ -1,7 +1,8 @@
 """Where arrays live: from a backend's name to its Array API namespace and device.
 
-The only module that imports array_api_compat or, by name, an array library. All of them load on first
-use: array_api_compat alone costs more than NumPy's fastest paths take, and CuPy or torch may be missing.
+The only module that imports array_api_compat or, by name, an array library (`_cuda` asks CuPy about its
+machine). All of them load on first use: array_api_compat alone costs more than NumPy's fastest paths take,
+and CuPy or torch may be missing.
 NumPy (2.1 and later) needs no compatibility layer and gets none.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ._cuda import why_no_cupy
 from ._typing import Array, DType, Namespace
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -330,25 +332,9 @@ def _cupy(device: str) -> Backend:
     name = f"cupy:{device}" if device else "cupy"
     if device and not device.isdecimal():
         raise ValueError(f'backend "cupy:<number>" takes a device number, got {name!r}')
-    try:
-        cupy: Any = importlib.import_module("cupy")
-    except ImportError as error:
-        raise BackendUnavailableError(
-            f'backend "{name}" needs CuPy, which is not installed: pip install "rnnkit[cuda13]" '
-            '(or "rnnkit[cuda12]" for CUDA 12; nvidia-smi shows which)'
-        ) from error
-    # `import cupy` succeeds without a driver and fails at the first array: ask before.
-    if not cupy.cuda.is_available():
-        raise BackendUnavailableError(
-            f'backend "{name}" needs an NVIDIA GPU, and CuPy {cupy.__version__} finds none: '
-            'check the driver with nvidia-smi, or use backend="numpy"'
-        )
-    count = cupy.cuda.runtime.getDeviceCount()
-    if device and int(device) >= count:
-        raise BackendUnavailableError(
-            f'backend "{name}" names a device that is not there: CuPy finds {count} '
-            f"(numbered from 0; nvidia-smi -L lists them)"
-        )
+    if (reason := why_no_cupy(name)) is not None:
+        raise BackendUnavailableError(reason)
+    cupy: Any = importlib.import_module("cupy")
     with cupy.cuda.Device(int(device)) if device else nullcontext():
         probe = cupy.empty(0)
     return _finish(name, importlib.import_module("array_api_compat.cupy"), probe)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ._array import FLOAT_DTYPES, BackendUnavailableError, resolve_backend
+from ._cuda import describe_cupy
 from ._version import __version__
 from .checkpoint import load
 from .data import EOS, UNK, Vocabulary, counting_language, read_text, split
@@ -179,6 +180,8 @@ def _info(args: argparse.Namespace) -> int:
         try:
             backend = resolve_backend(name)
             print(f"  {name}: available, device {backend.device}")
+            for line in describe_cupy() if name == "cupy" else ():
+                print(f"    {line}")
         except (BackendUnavailableError, ValueError) as error:
             print(f"  {name}: {error}")
     backend = resolve_backend(args.backend)

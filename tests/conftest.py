@@ -22,6 +22,8 @@ def pytest_collection_modifyitems(items):
 
 
 def _array_api_strict():
+    if not REQUIRE_ORACLE:
+        pytest.importorskip("array_api_strict", reason="needs array-api-strict: pip install 'rnnkit[test]'")
     import array_api_strict
 
     return array_api_strict

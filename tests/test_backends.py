@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import types
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import rnnkit
-from rnnkit import to_numpy
+from rnnkit import _cuda, to_numpy
 from rnnkit._array import resolve_backend
 
 
@@ -54,32 +55,103 @@ def test_modules_and_names_are_the_same():
     assert lstm(backend=array_api_compat.numpy).backend == "numpy"
 
 
-def fake_cupy(monkeypatch, *, available, count=1):
+def fake_cupy(monkeypatch, *, available=True, count=1, driver=13000, nvrtc=(13, 0)):
+    """Put a CuPy for CUDA 13 in place, on a machine as described; `nvrtc` may be what its loading raises."""
+
+    def nvrtc_version():
+        if isinstance(nvrtc, Exception):
+            raise nvrtc
+        return nvrtc
+
+    def properties(number):
+        return {"name": b"A GPU", "totalGlobalMem": 80 * 2**30, "major": 9, "minor": 0}
+
     cupy = types.ModuleType("cupy")
     cupy.__version__ = "14.2.0"
     cupy.cuda = types.SimpleNamespace(
         is_available=lambda: available,
-        runtime=types.SimpleNamespace(getDeviceCount=lambda: count),
+        runtime=types.SimpleNamespace(
+            getDeviceCount=lambda: count,
+            driverGetVersion=lambda: driver,
+            runtimeGetVersion=lambda: 13020,
+            getDeviceProperties=properties,
+        ),
+        nvrtc=types.SimpleNamespace(getVersion=nvrtc_version),
+        get_local_runtime_version=lambda: 13010,
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "cupy.cublas", types.ModuleType("cupy.cublas"))
+    return cupy
+
+
+def refusal(backend="cupy"):
+    """Return the message of a backend that is not there; it must be one line."""
+    with pytest.raises(rnnkit.BackendUnavailableError) as error:
+        lstm(backend=backend)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
 
 
 def test_cupy_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(rnnkit.BackendUnavailableError, match=r'pip install "rnnkit\[cuda13\]"'):
-        lstm(backend="cupy")
+    assert 'which is not installed: pip install "rnnkit[cuda13]"' in refusal()
 
 
-def test_cupy_without_a_device(monkeypatch):
-    fake_cupy(monkeypatch, available=False)
-    with pytest.raises(rnnkit.BackendUnavailableError, match=r"needs an NVIDIA GPU.*nvidia-smi"):
-        lstm(backend="cupy")
+@pytest.mark.parametrize("driver", [0, 13000, 13020, 14000])
+def test_cupy_without_a_device(monkeypatch, driver):
+    fake_cupy(monkeypatch, available=False, driver=driver)
+    assert re.search(r"needs an NVIDIA GPU.*14\.2\.0 finds none.*nvidia-smi", refusal())
+
+
+def test_cupy_for_a_newer_cuda_than_the_driver(monkeypatch):
+    fake_cupy(monkeypatch, available=False, driver=12080)
+    assert re.search(
+        r"needs a driver for CUDA 13.*here is for CUDA 12\.8.*uninstall cupy-cuda13x.*rnnkit\[cuda12\]",
+        refusal("cupy:0"),
+    )
+
+
+def test_cupy_without_cudas_libraries(monkeypatch):
+    reason = 'Failure finding "libnvrtc.so.13": No such file'
+    fake_cupy(monkeypatch, nvrtc=RuntimeError(f"{reason}\nand much advice"))
+    message = refusal()
+    assert re.search(r'do not load here \(Failure finding "libnvrtc\.so\.13.*"cupy-cuda13x\[ctk\]"', message)
+    assert "advice" not in message
+    fake_cupy(monkeypatch)
+    monkeypatch.setitem(sys.modules, "cupy.cublas", None)
+    assert "do not load here" in refusal()
+
+
+def test_cupy_that_fails_to_import_is_not_called_missing(monkeypatch, tmp_path):
+    (tmp_path / "cupy.py").write_text(
+        "try:\n    import no_such_library\n"
+        "except ImportError as error:\n    raise ImportError('\\n====\\nadvice') from error\n"
+    )
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    message = refusal()
+    assert "do not load here (No module named 'no_such_library')" in message
+    assert "advice" not in message
 
 
 def test_cupy_device_that_is_not_there(monkeypatch):
-    fake_cupy(monkeypatch, available=True, count=2)
-    with pytest.raises(rnnkit.BackendUnavailableError, match=r"cupy:2.*finds 2"):
-        lstm(backend="cupy:2")
+    fake_cupy(monkeypatch, count=2)
+    assert re.search(r"cupy:2.*finds 2", refusal("cupy:2"))
+
+
+@pytest.mark.parametrize(("tf32", "shown"), [(1, "off"), (7, "on")])
+def test_what_info_says_about_cupy(monkeypatch, tf32, shown):
+    fake_cupy(monkeypatch, count=2)
+    linalg = types.ModuleType("cupy._core._routines_linalg")
+    linalg.COMPUTE_TYPE_TF32, linalg.get_compute_type = 7, lambda dtype: tf32
+    monkeypatch.setitem(sys.modules, "cupy._core._routines_linalg", linalg)
+    assert _cuda.describe_cupy() == [
+        "device 0: A GPU, 80 GiB, compute capability 9.0",
+        "device 1: A GPU, 80 GiB, compute capability 9.0",
+        "CUDA 13.1; the driver is for CUDA 13.0",
+        f"TF32 in float32 matrix products: {shown} (CUPY_TF32=1 turns it on)",
+    ]
 
 
 def test_torch_is_not_installed(monkeypatch):

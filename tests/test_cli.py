@@ -10,10 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import rnnkit
+from rnnkit import cli
+from rnnkit._array import resolve_backend
 
 ROOT = Path(__file__).parents[1]
 HAS_MATPLOTLIB = __import__("importlib.util").util.find_spec("matplotlib") is not None
@@ -143,6 +146,21 @@ def test_info_shows_versions_backends_and_kernels():
     assert result.returncode == 0, result.stderr
     for text in (f"rnnkit {rnnkit.__version__}", "numpy", "cupy", "backends:", "lstm_forward"):
         assert text in result.stdout
+
+
+def test_info_shows_what_cupy_has(monkeypatch, capsys):
+    def resolve(name):
+        if name != "cupy":
+            raise rnnkit.BackendUnavailableError("not here")
+        return SimpleNamespace(device="<CUDA Device 0>")
+
+    resolved = resolve_backend("numpy")
+    monkeypatch.setattr(cli, "resolve_backend", lambda name: resolve(name) if name else resolved)
+    monkeypatch.setattr(cli, "describe_cupy", lambda: ["device 0: a GPU", "CUDA 13.0"])
+    assert cli.main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert "  cupy: available, device <CUDA Device 0>\n    device 0: a GPU\n    CUDA 13.0\n" in shown
+    assert shown.count("a GPU") == 1
 
 
 @pytest.mark.parametrize("command", ["", "compare", "train", "generate", "info"])

@@ -18,6 +18,7 @@ PACKAGE = Path(rnnkit.__file__).parent
 # Each rank imports only from earlier ranks; names in one rank do not import each other.
 RANKS = [
     {"_version", "_typing"},
+    {"_cuda"},
     {"_array"},
     {"_random"},
     {"kernels"},

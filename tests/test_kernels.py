@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from property_based import given, settings, st
 
 from rnnkit.kernels import Case, kernels_for, reference
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from gradcheck import check_directional
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from property_based import HealthCheck, given, settings, st
 
 import rnnkit
 from rnnkit import to_numpy

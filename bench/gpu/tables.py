@@ -1,0 +1,117 @@
+"""Records of a GPU as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..records import Record
+from ..tables import duration, geometric_mean, grouped, number, shape_of, table
+
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
+
+
+def conditions(records: Sequence[Record]) -> str:
+    """Return device and versions of a run."""
+    record = records[0]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"{record['device']}, driver {record['driver']}, CUDA {record['cuda']}; {versions}."
+
+
+def limits(records: Sequence[Record]) -> str:
+    """Return what the machine does at best."""
+    rows = [
+        [record["measure"], record["detail"], duration(record["seconds"]), _spread(record["spread"]),
+         _rate(record), record["reason"] or "-"]
+        for record in records
+    ]  # fmt: skip
+    return table(["measure", "of", "time", "spread", "rate", "not measured because"], rows, left=2)
+
+
+def report_limits(records: Sequence[Record]) -> str:
+    """Return all of a file of limits."""
+    return f"{conditions(records)}\n\n{limits(records)}"
+
+
+def summary(records: Sequence[Record]) -> str:
+    """Return one row for each question of the plan, kernel and operation: ratios to torch."""
+    head = ["question", "kernel", "operation", "cells", "ratio to torch, eager", "ratio to torch, graphed"]
+    rows = []
+    for (stage, kernel, operation), group in grouped(
+        records, lambda r: (r["stage"], r["kernel"], r["operation"])
+    ).items():
+        timed = [record for record in group if record["ratio"] is not None]
+        count = len({_cell(record) for record in timed})
+        if timed:
+            rows.append([stage, kernel, operation, str(count), *(_ratios(timed, g) for g in (False, True))])
+    return table(head, rows, left=3) if rows else "No cell was timed against torch."
+
+
+def details(records: Sequence[Record]) -> str:
+    """Return every cell with the times of all sides."""
+    head = ["operation", "cell", "(T, B, I, H)", "precision", "torch", "graphed", "kernel", "time", "spread",
+            "max error", "ratio", "to graphed"]  # fmt: skip
+    rows = []
+    for group in grouped(records, lambda r: (_cell(r), r["kernel"])).values():
+        own = group[0]
+        by_form: dict[bool, Record] = {record["graphed"]: record for record in group}
+        forms = [by_form.get(graphed, {}) for graphed in (False, True)]
+        precision = "tf32" if own["tf32"] else own["dtype"]
+        rows.append([
+            own["operation"] + (", ragged" if own["ragged"] else ""), own["cell"], shape_of(own), precision,
+            *(duration(form.get("peer_seconds")) for form in forms),
+            own["kernel"], duration(own["seconds"]) if own["seconds"] else own["status"],
+            _spread(own["spread"]), "-" if own["max_error"] is None else f"{own['max_error']:.0e}",
+            *(number(form.get("ratio")) for form in forms),
+        ])  # fmt: skip
+    return table(head, rows, left=4)
+
+
+def problems(records: Sequence[Record]) -> str:
+    """Return what was not timed and why, a line each, or an empty string."""
+    lines = []
+    for record in records:
+        if record["status"] in ("wrong", "peer wrong", "failed"):
+            form = ", graphed" if record["graphed"] and record["status"] == "peer wrong" else ""
+            precision = "tf32" if record["tf32"] else record["dtype"]
+            ragged = ", ragged" if record["ragged"] else ""
+            lines.append(
+                f"- {record['status']}{form}: {record['operation']} {record['cell']} {shape_of(record)} "
+                f"{precision}{ragged}, {record['kernel']}: {record['reason']}"
+            )
+    refused = grouped(
+        (r for r in records if r["status"] == "unsupported"), lambda r: (r["kernel"], r["reason"])
+    )
+    lines += [f"- unsupported by {kernel}: {reason}" for kernel, reason in refused]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def report(records: Sequence[Record]) -> str:
+    """Return all of a file of cells."""
+    parts = [conditions(records), details(records), summary(records)]
+    if trouble := problems(records):
+        parts += ["### Not timed", trouble]
+    return "\n\n".join(parts)
+
+
+def _cell(record: Record) -> tuple[Any, ...]:
+    names = ("operation", "cell", "T", "B", "I", "H", "dtype", "tf32", "ragged")
+    return tuple(record[name] for name in names)
+
+
+def _ratios(records: Sequence[Record], graphed: bool) -> str:
+    ratios = [record["ratio"] for record in records if record["graphed"] == graphed]
+    if not ratios:
+        return "-"
+    return f"{geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def _spread(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+def _rate(record: Record) -> str:
+    if record["rate"] is None:
+        return "-"
+    size, prefix = next(((size, name) for size, name in PREFIXES if record["rate"] >= size), (1.0, ""))
+    return f"{record['rate'] / size:.3g} {prefix}{record['unit']}"

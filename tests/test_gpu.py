@@ -1,0 +1,387 @@
+"""What only a GPU can show; every test that takes `backend` runs there too. ``pytest -m gpu``.
+
+Streams, allocators, devices, memory that runs out, synchronisation, launches; and the parts of `bench.gpu`
+that ask CUDA. No test here looks at how long anything took.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import rnnkit
+from bench import cases, ours
+from bench.gpu import limits, measure, plan, rig, sides
+from bench.timing import Effort
+from rnnkit import to_numpy
+from rnnkit._array import BackendUnavailableError, resolve_backend
+
+pytestmark = [
+    pytest.mark.gpu,
+    # What other libraries have to say about the machine is their affair.
+    pytest.mark.filterwarnings("default"),
+]
+
+LAYERS = {"lstm": rnnkit.LSTM, "gru": rnnkit.GRU, "rnn": rnnkit.RNN}
+KERNELS = ours.kernel_modules("cupy")
+QUICK = Effort(0.0, 1)
+
+# Keeps its stream busy for about half a second, and ends by itself.
+SPIN = """
+extern "C" __global__ void spin(long long cycles) {
+    const long long start = clock64();
+    while (clock64() - start < cycles) {}
+}
+"""
+CYCLES = 1_000_000_000
+
+# Kernels a step that a module launches by itself, beside the matrix product of cuBLAS.
+LAUNCHES = {"cuda": 1}
+CUBLAS = re.compile(r"gemm|gemv|nvjet|cublas|cutlass|xmma|split", re.IGNORECASE)
+
+
+@pytest.fixture
+def cupy():
+    """CuPy on a machine where it works."""
+    try:
+        resolve_backend("cupy")
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+    import cupy
+
+    return cupy
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request, cupy, monkeypatch):
+    """A kernel module, which then serves all layers; what it does not serve comes from the reference."""
+    monkeypatch.setenv("RNNKIT_KERNELS", request.param)
+    return request.param
+
+
+@pytest.fixture
+def gpu(cupy):
+    return rig.Gpu()
+
+
+@pytest.fixture
+def spin(cupy):
+    """Return what keeps the current stream busy, and the event behind it."""
+    kernel = cupy.RawKernel(SPIN, "spin")
+    kernel((1,), (1,), (np.int64(1),))  # compiled before anybody waits for it
+
+    def start():
+        kernel((1,), (1,), (np.int64(CYCLES),))
+        event = cupy.cuda.Event()
+        event.record()
+        return event
+
+    return start
+
+
+def both(layer, x, lengths, d_output):
+    """Return all results of a layer there and back."""
+    (output, state), pullback = layer.vjp(x, lengths=lengths)
+    grads = pullback(d_output)
+    states = state if isinstance(state, tuple) else (state,)
+    return [output, *states, grads.x, grads.params.flat]
+
+
+def problem(rng, layer, T, B, ragged=True):
+    """Return random x, lengths and d_output on the layer's device."""
+    x, d_output = (
+        layer.asarray(rng.standard_normal((T, B, size))) for size in (layer.input_size, layer.hidden_size)
+    )
+    return x, layer.asarray(rng.integers(0, T + 1, B)) if ragged else None, d_output
+
+
+def on_host(layer, *arrays):
+    """Return what NumPy computes from the same numbers."""
+    arrays = [None if array is None else to_numpy(array) for array in arrays]
+    return both(layer.to("numpy"), *arrays)
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    for mine, other in zip(ours, theirs, strict=True):
+        mine, other = to_numpy(mine), to_numpy(other)
+        scale = max(1.0, float(np.max(np.abs(other), initial=0.0)))
+        np.testing.assert_allclose(mine, other, rtol=0, atol=tolerance * scale)
+
+
+# ------------------------------------------------------------------------------------------- being right
+
+
+def test_small_problems_of_every_kind(gpu):
+    assert measure.verify(gpu) == []
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
+@pytest.mark.parametrize("precision", plan.PRECISIONS)
+@pytest.mark.parametrize("operation", plan.OPERATIONS)
+@pytest.mark.parametrize("cell", cases.CELLS)
+def test_rnnkit_and_torch_against_float64(gpu, cell, operation, precision, ragged):
+    """All kernels, torch eager and torch as a graph; of torch only that it takes part where it can."""
+    dtype = "float32" if precision == "tf32" else precision
+    one = plan.Cell(cases.Case(operation, cell, 33, 24, 40, 136, dtype), precision == "tf32", ragged)
+    with gpu.precision(one.tf32):
+        checked = measure.check(one, sides.problem_of(one), gpu)
+    wrong = {name: fault for name, fault in checked.faults.items() if fault[0] != "unsupported"}
+    assert not wrong
+    assert set(sides.peers_of(one, gpu)) <= set(checked.right)
+    for name, error in checked.errors.items():
+        if name.startswith("rnnkit") and precision in sides.HALF:
+            assert error <= sides.HALF[precision], name
+
+
+@pytest.mark.parametrize("cell", LAYERS)
+def test_large_batches(kernel, cell, rng):
+    """More sequences than a grid has blocks in its second dimension: 65535."""
+    layer = LAYERS[cell](4, 8, backend="cupy", seed=0)
+    arguments = problem(rng, layer, 3, 100_000)
+    assert_close(both(layer, *arguments), on_host(layer, *arguments), 1e-4)  # sums over 300,000 terms
+
+
+@pytest.mark.parametrize("cell", LAYERS)
+def test_the_same_input_gives_the_same_bits(kernel, cell, rng):
+    layer = LAYERS[cell](33, 65, backend="cupy", seed=0)
+    arguments = problem(rng, layer, 20, 40)
+    first = both(layer, *arguments)
+    for _ in range(3):
+        for one, other in zip(first, both(layer, *arguments), strict=True):
+            np.testing.assert_array_equal(to_numpy(one), to_numpy(other))
+
+
+# ------------------------------------------------------------------------------------- streams and memory
+
+
+@pytest.mark.parametrize("cell", LAYERS)
+def test_a_foreign_stream(cupy, kernel, spin, cell, rng):
+    """All work goes into the current stream: behind a spin, and behind the arrival of x."""
+    layer = LAYERS[cell](5, 64, backend="cupy", seed=0)
+    x, lengths, d_output = problem(rng, layer, 7, 6)
+    expected = both(layer, x, lengths, d_output)
+    late = cupy.full_like(x, np.nan)
+    cupy.cuda.runtime.deviceSynchronize()
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        spin()
+        cupy.copyto(late, x)
+        results = both(layer, late, lengths, d_output)
+        stream.synchronize()
+        assert_close(results, expected, 1e-6)
+
+
+def test_a_stream_of_torchs(cupy, rng, torch):
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    layer = rnnkit.LSTM(5, 64, backend="cupy", seed=0)
+    x, lengths, d_output = problem(rng, layer, 7, 6)
+    expected = both(layer, x, lengths, d_output)
+    cupy.cuda.runtime.deviceSynchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), cupy.cuda.ExternalStream(stream.cuda_stream):
+        doubled = torch.from_dlpack(x) * 2.0
+        results = both(layer, doubled / 2.0, lengths, d_output)  # a tensor of torch's goes in as it is
+        stream.synchronize()
+        assert_close(results, expected, 1e-6)
+
+
+def test_arrays_of_torch_are_shared_not_copied(cupy, torch):
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    tensor = torch.ones(2, 1, 3, device="cuda")
+    shared = resolve_backend("cupy").accept(tensor, "x")
+    assert isinstance(shared, cupy.ndarray)
+    assert shared.data.ptr == tensor.data_ptr()
+
+
+@pytest.mark.parametrize("cell", LAYERS)
+def test_a_users_allocator_gets_every_request(cupy, kernel, cell, rng):
+    layer = LAYERS[cell](5, 64, backend="cupy", seed=0)
+    arguments = problem(rng, layer, 7, 6)
+    expected = both(layer, *arguments)  # and whatever is allocated once
+    pool, sizes = cupy.cuda.MemoryPool(), []
+
+    def allocate(size):
+        sizes.append(size)
+        return pool.malloc(size)
+
+    default = cupy.get_default_memory_pool()
+    gc.collect()
+    total, used = default.total_bytes(), default.used_bytes()
+    with cupy.cuda.using_allocator(allocate):
+        results = both(layer, *arguments)
+        assert pool.used_bytes() >= sum(result.nbytes for result in results)
+        assert default.total_bytes() == total
+        assert default.used_bytes() <= used
+    assert sizes
+    assert_close(results, expected, 1e-6)
+
+
+@pytest.mark.parametrize("cell", LAYERS)
+def test_memory_that_runs_out(cupy, kernel, cell, rng):
+    """The error is CuPy's own and names the size; nothing stays behind, and a smaller call works."""
+    layer = LAYERS[cell](16, 64, backend="cupy", seed=0)
+    small, large = problem(rng, layer, 4, 8), problem(rng, layer, 64, 2048)
+    pool = cupy.cuda.MemoryPool()
+    pool.set_limit(size=8 << 20)  # bytes: a quarter of an RNN's gates in the large call
+    expected = on_host(layer, *small)
+    with cupy.cuda.using_allocator(pool.malloc):
+        for _ in range(2):
+            with pytest.raises(
+                cupy.cuda.memory.OutOfMemoryError, match=r"[Oo]ut of memory allocating [\d,]+ bytes"
+            ):
+                both(layer, *large)
+        assert_close(both(layer, *small), expected)
+
+
+def test_another_device(cupy, kernel, rng):
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("there is one GPU alone")
+    first = rnnkit.LSTM(5, 64, backend="cupy:0", seed=0)
+    second = first.to("cupy:1")
+    arguments = problem(rng, first, 7, 6)
+    moved = [second.asarray(to_numpy(array)) for array in arguments]
+    with cupy.cuda.Device(0):
+        results = both(second, *moved)
+        assert cupy.cuda.Device().id == 0
+        assert {result.device.id for result in results} == {1}
+        assert_close(results, both(first, *arguments), 1e-6)
+    with pytest.raises(TypeError, match="x must lie on the device of backend 'cupy:1'"):
+        second(arguments[0])
+
+
+# -------------------------------------------------------------------------- synchronisation and launches
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
+@pytest.mark.parametrize("cell", LAYERS)
+def test_nobody_waits_for_the_device(cupy, kernel, spin, cell, ragged, dtype, rng):
+    """A layer returns, there and back, while the device has not even begun with it."""
+    layer = LAYERS[cell](5, 64, backend="cupy", dtype=dtype, seed=0)
+    # Few steps: a stream takes about a thousand launches before whoever launches has to wait.
+    arguments = problem(rng, layer, 4, 8, ragged)
+    for _ in range(2):  # compiled, and the memory in the pool
+        both(layer, *arguments)
+    cupy.cuda.runtime.deviceSynchronize()
+    busy = spin()
+    results = both(layer, *arguments)
+    assert not busy.done
+    busy.synchronize()
+    assert busy.done
+    assert_close(results, both(layer, *arguments), 0.0)
+
+
+def launched(torch, call):
+    """Return the names of the kernels that a call runs, CuPy's included, by torch's profiler."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [name for name in names if not name.lower().startswith(("memcpy", "memset"))]
+
+
+@pytest.mark.parametrize("direction", ["forward", "there and back"])
+@pytest.mark.parametrize("cell", LAYERS)
+@pytest.mark.parametrize("name", [name for name in KERNELS if name in LAUNCHES])
+def test_launches_a_step(cupy, monkeypatch, name, cell, direction, rng, torch):
+    if not torch.cuda.is_available():
+        pytest.skip("torch, whose profiler counts, sees no GPU")
+    monkeypatch.setenv("RNNKIT_KERNELS", name)
+    layer = LAYERS[cell](64, 64, backend="cupy", seed=0)
+    counts = []
+    for T in (8, 16, 24):
+        x, _, d_output = problem(rng, layer, T, 16, ragged=False)
+
+        def call(x=x, d_output=d_output):
+            return layer(x) if direction == "forward" else both(layer, x, None, d_output)
+
+        call()
+        names = launched(torch, call)
+        assert names, "the profiler saw no kernel"
+        counts.append(sum(not CUBLAS.search(kernel) for kernel in names))
+    scans = 1 if direction == "forward" else 2
+    assert np.diff(counts).tolist() == [8 * scans * LAUNCHES[name]] * 2
+
+
+# ------------------------------------------------------------------------------------- what users pass in
+
+
+def test_host_arrays_are_refused_with_the_call_that_moves_them(cupy):
+    layer = rnnkit.LSTM(3, 4, backend="cupy", seed=0)
+    with pytest.raises(TypeError, match=r"x must lie on the device of backend 'cupy'.*asarray\(value\)$"):
+        layer(np.zeros((2, 1, 3), np.float32))
+    with pytest.raises(
+        TypeError, match=r"x must lie on the device of backend 'numpy'.*rnnkit\.to_numpy\(value\)$"
+    ):
+        layer.to("numpy")(layer.asarray(np.zeros((2, 1, 3))))
+
+
+def test_lengths_may_come_from_the_host(cupy, rng):
+    layer = rnnkit.GRU(3, 4, backend="cupy", seed=0)
+    x, lengths, d_output = problem(rng, layer, 5, 6)
+    expected = both(layer, x, lengths, d_output)
+    assert_close(both(layer, x, to_numpy(lengths).tolist(), d_output), expected, 0.0)
+
+
+def test_info_names_the_device(cupy):
+    done = subprocess.run(
+        [sys.executable, "-m", "rnnkit", "info"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    for text in ("cupy: available", f"device 0: {name}", "the driver is for CUDA", "TF32 in float32"):
+        assert text in done.stdout
+
+
+# ------------------------------------------------------------------------------------------ the benchmark
+
+
+def test_both_libraries_settings_are_pinned_and_restored(gpu, torch):
+    from rnnkit._cuda import uses_tf32
+
+    def settings():
+        return uses_tf32(), torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before = settings()
+    for tf32 in (True, False):
+        with gpu.precision(tf32):
+            assert settings() == (tf32,) * 3
+        assert settings() == before
+
+
+def test_tf32_is_less_exact_than_float32(cupy, gpu, rng):
+    a = cupy.asarray(rng.standard_normal((256, 256)), cupy.float32)
+    exact = to_numpy(a).astype(np.float64) @ to_numpy(a)
+    errors = []
+    for tf32 in (False, True):
+        with gpu.precision(tf32):
+            errors.append(np.abs(to_numpy(a @ a) - exact).max())
+    # Sums of 256 products near 1, each rounded to 24 or to 11 bits.
+    assert errors[0] < 1e-3 < errors[1]
+
+
+def test_a_measured_cell(gpu, torch):
+    found = measure.measure("q", plan.Cell(cases.Case("train", "lstm", 16, 8, 32, 32)), gpu, QUICK)
+    assert {record["graphed"] for record in found} == {False, True}
+    for record in found:
+        assert (record["status"], record["reason"]) == ("ok", "")
+        assert record["seconds"] > 0.0
+        assert record["peer_seconds"] > 0.0
+        assert "SMs" in record["device"]
+
+
+def test_the_machines_limits(cupy, gpu):
+    for limit in gpu.limits():
+        with gpu.precision(limit.tf32):
+            record = limits.measure(limit, QUICK, gpu.clock, gpu.facts)
+        gpu.free()
+        assert (record["status"], record["reason"]) == ("ok", ""), limit.detail
+        assert record["seconds"] > 0.0
