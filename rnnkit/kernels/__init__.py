@@ -41,6 +41,7 @@ __all__ = ["Case", "Kernels", "kernels_for", "names_of"]
 # Fastest first. What is not listed has the reference alone.
 _MODULES: dict[str, tuple[str, ...]] = {
     "numpy": ("numba", "numpy", "reference"),
+    "cupy": ("cuda", "reference"),
     "torch": ("torch", "reference"),
 }
 

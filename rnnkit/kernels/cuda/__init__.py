@@ -1,0 +1,30 @@
+"""Kernels for CuPy arrays: a matrix product and one fused kernel a time step.
+
+What shapes the code:
+
+- A launch costs the host some microseconds, often more than a step costs the device, so launches are what
+  counts: 2 a step, 4 with a projection, and a few around the loop. Nothing is sliced or allocated in a loop;
+  a kernel gets whole arrays and the number t of the step.
+- The product with W_hh is added to gates[t] by cuBLAS itself, and on the way back that with d_gates[t] to the
+  gradient of h: no buffer in between. A GRU alone needs one, since its reset gate multiplies the product.
+- h and c advance in place. With `lengths` a sequence that is over is left alone, whatever is computed for it.
+- The activated gates take the place of the incoming ones, and their gradients that of the activated gates.
+  A scan and its way back need (G+2)*T*B*H numbers in all: gates, output, and c (in a GRU W_n h + b_n).
+- Half precision: h, weights and outputs are stored in it; products and all else are float32, so the way back
+  multiplies float32 gradients with weights widened once a scan, as the reference does.
+
+Results are deterministic: no atomics, and cuBLAS repeats itself on the same device. Nothing waits for the
+device, and memory comes from CuPy's current allocator.
+"""
+
+from __future__ import annotations
+
+from .._case import Case
+from ._lstm import lstm_backward, lstm_forward
+
+__all__ = ["lstm_backward", "lstm_forward", "why_not"]
+
+
+def why_not(name: str, case: Case) -> str | None:
+    """Say why this module cannot serve `case`: it serves all that it has."""
+    return None

@@ -1,0 +1,31 @@
+"""The text of a kernel file and the compiler options that make a variant of it; needs no GPU library."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+# The types of common.cuh for a dtype: what is stored, what is computed in.
+_TYPES = {
+    "float32": ("float", "float"),
+    "float64": ("double", "double"),
+    "float16": ("float16", "float"),
+    "bfloat16": ("bfloat16", "float"),
+}
+_INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
+
+
+def source(file: str) -> str:
+    """Return the text of ``<file>.cu`` with what it includes, since NVRTC is given no search path.
+
+    CuPy's cache on disk knows a kernel by its text: what is included must be part of it.
+    """
+    folder = Path(__file__).parent
+    text = (folder / f"{file}.cu").read_text()
+    return _INCLUDE.sub(lambda line: (folder / line[1]).read_text(), text)
+
+
+def defines(dtype: str, vector: int) -> tuple[str, ...]:
+    """Return the compiler options of a variant; common.cuh says what they mean."""
+    store, real = _TYPES[dtype]
+    return f"-DSTORE={store}", f"-DREAL={real}", f"-DVECTOR={vector}"
