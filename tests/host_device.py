@@ -1,12 +1,14 @@
 """A device without a GPU: the `cuda` kernels on NumPy arrays, their `.cu` files compiled by g++.
 
-`on_host` returns a second copy of `rnnkit.kernels.cuda` whose loader is a `HostDevice`: the same Python, the
-same kernel source, cuBLAS replaced by NumPy. tests/kernels/host.h says what this can show and what it cannot.
+`on_host` returns a second copy of `rnnkit.kernels.cuda` that finds a `HostDevice` where it looks for CuPy: the
+same Python, the same kernel source, cuBLAS replaced by NumPy behind the same call with addresses. What this can
+show and what it cannot is said in tests/kernels/host.h.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.util
 import os
 import re
@@ -17,9 +19,11 @@ import tempfile
 import threading
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -39,6 +43,10 @@ WAITS = re.compile(r"__sync|__shfl|__ballot|__any|__all|barrier|SHARED|__nanosle
 
 class Memory(np.ndarray):
     """Bytes that hold an array and a fence on either side of it."""
+
+    def __del__(self) -> None:
+        if self.base is None:  # what is read after this is NaN, at least until others get the memory
+            self[...] = 0xFF
 
 
 def fenced(shape: Any, dtype: Any) -> np.ndarray:
@@ -79,11 +87,11 @@ class PoisonedNumPy:
         return result
 
 
-# ---------------------------------------------------------------------------------------- the loader
+# ---------------------------------------------------------------------------------------- the device
 
 
 class HostDevice:
-    """Stands in for `rnnkit.kernels.cuda._loader`.
+    """Stands in for CuPy: its `RawModule` and its cuBLAS.
 
     Attributes
     ----------
@@ -93,37 +101,45 @@ class HostDevice:
         The kernels launched and products made since it was last cleared.
     """
 
-    def __init__(self, folder: Path, sources: Path = PACKAGE):
-        self.folder, self.sources = folder, sources
+    def __init__(self, folder: Path):
+        self.folder = folder
         self.order, self.seed = "forward", 0
         self.launches: list[str] = []
         self._lock = threading.RLock()
-        self._libraries: dict[tuple[str, str, int], ctypes.CDLL] = {}
         _compile(["-c", str(HERE / "host.cpp")], folder / "host.o")
 
-    def kernel(self, file: str, name: str, dtype: str, vector: int = 1) -> Any:
+    def raw_module(self, *, code: str, options: tuple[str, ...], **cooperative: bool) -> SimpleNamespace:
+        """Stand in for `cupy.RawModule`."""
+        name = hashlib.sha256(repr((code, options)).encode()).hexdigest()[:16]
+        main, target = self.folder / f"{name}.cpp", self.folder / f"{name}.so"
+        kernels = re.findall(r"__global__\s+void\s+(\w+)\s*\(", code)
         with self._lock:
-            library = self._library(file, dtype, vector)
-        run = library.host_run
-        run.restype = ctypes.c_char_p
-        entry = getattr(library, f"{name}_call")
-        describe = getattr(library, f"{name}_signature")
+            if not target.exists():
+                exports = "\n".join(f"EXPORT({kernel})" for kernel in kernels)
+                main.write_text(f'#include "{HERE / "host.h"}"\n{code}\n{exports}\n')
+                _compile(["-shared", *options, str(main), str(self.folder / "host.o")], target)
+        library = ctypes.CDLL(str(target))
+        library.host_run.restype = ctypes.c_char_p
+        mode = 2 if cooperative.get("enable_cooperative_groups") else int(bool(WAITS.search(code)))
+        return SimpleNamespace(get_function=lambda kernel: self._function(library, kernel, mode))
+
+    def _function(self, library: ctypes.CDLL, name: str, mode: int) -> Any:
+        entry, describe = getattr(library, f"{name}_call"), getattr(library, f"{name}_signature")
         describe.restype = ctypes.c_char_p
         kinds, letters = describe().decode().split("|")
-        mode = 1 if WAITS.search((self.sources / f"{file}.cu").read_text()) else 0
 
-        def launch(grid: Any, block: Any, args: tuple[Any, ...], shared: int = 0, mode: int = mode) -> None:
+        def launch(grid: Any, block: Any, args: tuple[Any, ...], shared_mem: int = 0) -> None:
             assert len(args) == len(kinds), f"{name} takes {len(kinds)} arguments, got {len(args)}"
             values = [_value(name, k, *each) for k, each in enumerate(zip(args, kinds, letters, strict=True))]
             pointers = (ctypes.c_void_p * len(args))(*[ctypes.addressof(value) for value in values])
-            shape = [(ctypes.c_uint * 3)(*size, *[1] * (3 - len(size))) for size in (grid, block)]
             assert all(grid), f"{name}: a grid {grid} without blocks"
             assert np.prod(block) <= 1024, f"{name}: a block {block} of more than 1024 threads"
+            shape = [(ctypes.c_uint * 3)(*size, *[1] * (3 - len(size))) for size in (grid, block)]
             with self._lock:
                 self.launches.append(name)
                 self.seed += 1
-                error = run(
-                    entry, pointers, *shape, ctypes.c_size_t(shared), mode, ORDERS[self.order],
+                error = library.host_run(
+                    entry, pointers, *shape, ctypes.c_size_t(shared_mem), mode, ORDERS[self.order],
                     ctypes.c_uint(self.seed),
                 )  # fmt: skip
             assert error is None, f"{name}: {error.decode()}"
@@ -134,47 +150,45 @@ class HostDevice:
 
         return launch
 
-    def product(self, a: np.ndarray, b: np.ndarray, out: np.ndarray, *, add: bool = False) -> Any:
-        assert a.dtype == b.dtype, f"a product of {a.dtype} and {b.dtype}"
-        assert out.dtype == (np.float64 if a.dtype == np.float64 else np.float32)
-        assert out.flags.c_contiguous, "the product's result is not in C order"
-        for matrix in (a, b):
-            last = matrix.reshape(-1, *matrix.shape[-2:])[0] if matrix.size else matrix
-            assert last.flags.c_contiguous or last.flags.f_contiguous or not last.size
-        assert not np.shares_memory(out, a)
-        assert not np.shares_memory(out, b)
-
-        def multiply(t: int) -> None:
+    def gemm(
+        self, handle: int, op_a: int, op_b: int, m: int, n: int, k: int, alpha: int, a: int, a_type: int,
+        ld_a: int, b: int, b_type: int, ld_b: int, beta: int, c: int, c_type: int, ld_c: int, compute: int,
+        algorithm: int,
+    ) -> None:  # fmt: skip
+        """Stand in for cublasGemmEx: c (m, n) = alpha op(a) op(b) + beta c, all in Fortran order, by address."""
+        assert handle == HANDLE
+        kind = np.dtype(TYPES[c_type])
+        assert (a_type, c_type, compute) in COMPUTES, "cuBLAS has no such product"
+        assert a_type == b_type
+        left = _matrix(a, a_type, *((m, k) if op_a == 0 else (k, m)), ld_a)
+        right = _matrix(b, b_type, *((k, n) if op_b == 0 else (n, k)), ld_b)
+        out = _matrix(c, c_type, m, n, ld_c)
+        assert not np.shares_memory(out, left)
+        assert not np.shares_memory(out, right)
+        one, factor = (np.ctypeslib.as_array((FACTOR[kind.name]).from_address(p)) for p in (alpha, beta))
+        assert one == 1
+        product = (left.T if op_a else left).astype(kind) @ (right.T if op_b else right).astype(kind)
+        with self._lock:
             self.launches.append("product")
-            left, result = (array[t] if array.ndim == 3 else array for array in (a, out))
-            product = left.astype(out.dtype, copy=False) @ b.astype(out.dtype, copy=False)
-            result[...] = result + product if add else product
+        out[...] = product + out if factor else product
 
-        return multiply
 
-    def address(self, array: np.ndarray) -> int:
-        return array.ctypes.data
+HANDLE = 4711
+TYPES = {0: np.float32, 1: np.float64, 2: np.float16, 14: ml_dtypes.bfloat16}  # cudaDataType_t
+FACTOR = {"float32": ctypes.c_float, "float64": ctypes.c_double}
+# What cublasGemmEx allows, of what is used: type of a and b, of c, compute type.
+COMPUTES = {(0, 0, "32F"), (0, 0, "32F_FAST_TF32"), (2, 0, "32F"), (14, 0, "32F"), (1, 1, "64F")}
 
-    def precision(self, dtype: str) -> str:
-        return "DEFAULT"
 
-    def _library(self, file: str, dtype: str, vector: int) -> ctypes.CDLL:
-        key = file, dtype, vector
-        if key not in self._libraries:
-            target = self.folder / ("_".join(map(str, key)) + ".so")
-            path = self.sources / f"{file}.cu"
-            names = re.findall(r"__global__\s+void\s+(\w+)\s*\(", path.read_text())
-            main = target.with_suffix(".cpp")
-            lines = [
-                f'#include "{HERE / "host.h"}"',
-                f'#include "{path}"',
-                *[f"EXPORT({name})" for name in names],
-            ]
-            main.write_text("\n".join(lines) + "\n")
-            options = on_host_source().defines(dtype, vector)
-            _compile(["-shared", f"-I{PACKAGE}", *options, str(main), str(self.folder / "host.o")], target)
-            self._libraries[key] = ctypes.CDLL(str(target))
-        return self._libraries[key]
+def _matrix(address: int, kind: int, rows: int, columns: int, leading: int) -> np.ndarray:
+    """Return the memory at an address as a matrix in Fortran order."""
+    dtype = np.dtype(TYPES[kind])
+    assert leading >= max(1, rows), f"leading dimension {leading} of {rows} rows"
+    if not rows or not columns:
+        return np.zeros((rows, columns), dtype)
+    size = (leading * (columns - 1) + rows) * dtype.itemsize
+    memory = (ctypes.c_char * size).from_address(address)
+    return np.ndarray((rows, columns), dtype, memory, strides=(dtype.itemsize, leading * dtype.itemsize))
 
 
 def _value(name: str, k: int, arg: Any, kind: str, letter: str) -> Any:
@@ -193,9 +207,8 @@ def _value(name: str, k: int, arg: Any, kind: str, letter: str) -> Any:
 
 
 def _compile(arguments: list[str], target: Path) -> None:
-    compiler = shutil.which("g++")
     command = [
-        str(compiler), "-std=c++17", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas",
+        str(shutil.which("g++")), "-std=c++17", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas",
         *arguments, "-o", str(target),
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -219,7 +232,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def on_host() -> ModuleType:
-    """Return `rnnkit.kernels.cuda` on the host; its `_loader` is the `HostDevice`."""
+    """Return `rnnkit.kernels.cuda` on the host; its `device` is the `HostDevice`."""
     require_compiler()
     return _on_host()
 
@@ -228,33 +241,50 @@ def on_host() -> ModuleType:
 def _on_host() -> ModuleType:
     name = "rnnkit.kernels.cuda_on_host"
     device = HostDevice(Path(_folder().name))
-    sys.modules[f"{name}._loader"] = device  # type: ignore[assignment]
-    module = _load_copy(name)
-    for part in [value for key, value in sys.modules.items() if key.startswith(f"{name}.")]:
+    with mock.patch.dict(sys.modules, _stand_ins(device)):
+        module = _load(name, PACKAGE / "__init__.py", [str(PACKAGE)])
+    sys.modules.update(module.parts)
+    for part in module.parts.values():
         if hasattr(part, "namespace_of"):
             part.namespace_of = lambda array: PoisonedNumPy()
+    module.parts[f"{name}._loader"].address = lambda array: array.ctypes.data
     module.device = device
     return module
 
 
-def _load_copy(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        name, PACKAGE / "__init__.py", submodule_search_locations=[str(PACKAGE)]
-    )
+def _load(name: str, path: Path, folders: list[str] | None = None) -> ModuleType:
+    """Import a file under a name of its own; `parts` is what it imports from its folders."""
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=folders)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
+    module.parts = {key: value for key, value in sys.modules.items() if key.startswith(name)}
     return module
+
+
+def _stand_ins(device: HostDevice) -> dict[str, Any]:
+    """Return the modules that `_loader` imports."""
+    settings = SimpleNamespace(compute_type_to_str=lambda setting: f"COMPUTE_TYPE_{setting}")
+    kinds = {"CUDA_R_32F": 0, "CUDA_R_64F": 1, "CUDA_R_16F": 2, "CUDA_R_16BF": 14}
+    computes = ("32F", "32F_FAST_TF32", "32F_PEDANTIC", "64F", "64F_PEDANTIC")
+    cublas = SimpleNamespace(
+        gemmEx=device.gemm, CUBLAS_OP_N=0, CUBLAS_OP_T=1, CUBLAS_GEMM_DEFAULT=-1,
+        **{f"CUBLAS_COMPUTE_{compute}": compute for compute in computes},
+    )  # fmt: skip
+    cupy = SimpleNamespace(
+        RawModule=device.raw_module,
+        cuda=SimpleNamespace(
+            runtime=SimpleNamespace(**kinds), device=SimpleNamespace(get_cublas_handle=lambda: HANDLE)
+        ),
+        _core=SimpleNamespace(get_compute_type=lambda dtype: "DEFAULT", _routines_linalg=settings),
+    )
+    packages = {name: ModuleType(name) for name in ("cupy_backends", "cupy_backends.cuda")}
+    return {"cupy": cupy, **packages, "cupy_backends.cuda.libs": SimpleNamespace(cublas=cublas)}
 
 
 @cache
-def on_host_source() -> ModuleType:
+def kernel_source() -> ModuleType:
     """Return `_source`, which needs no GPU library, without its package."""
-    spec = importlib.util.spec_from_file_location("rnnkit_cuda_source", PACKAGE / "_source.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return _load("rnnkit_kernel_source", PACKAGE / "_source.py")

@@ -2,7 +2,11 @@
 
 The kernels are called directly, as the layers call them. Tolerances: 2e-6 for what a float32 scan computes
 forward, up to T = 1000, and 1e-12 in float64, absolute where values are at most 1; what can grow (a gradient,
-the state of a relu network, c) is measured against the largest of its entries.
+the state of a relu network, c) is measured against the largest of its entries. In half precision h is rounded at
+every step, and where two sums differ in their last float32 bit it may fall on the next number: four units in the
+last place of 1.
+
+"cuda" is the CuPy module on the host, on NumPy arrays; "cuda-gpu" is the same on a GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ import itertools
 import threading
 from typing import Any, NamedTuple
 
+import host_device
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,8 +31,13 @@ MODULES = [
     ("numba", "float64"),
     ("numpy", "float32"),
     ("numpy", "float64"),
+    *(
+        (name, dtype)
+        for name in ("cuda", "cuda-gpu")
+        for dtype in ("float32", "float64", "float16", "bfloat16")
+    ),
 ]
-TOLERANCE = {"float32": 2e-6, "float64": 1e-12}
+TOLERANCE = {"float32": 2e-6, "float64": 1e-12, "float16": 4 * 2**-11, "bfloat16": 4 * 2**-8}
 GATES = {"rnn": 1, "lstm": 4, "gru": 3}
 VARIANTS = {
     "rnn-tanh": ("rnn", {"nonlinearity": "tanh"}),
@@ -39,13 +50,27 @@ VARIANTS = {
 
 
 UNCLAIMED = {("numba", "lstm-projected")}  # what a module refuses by `why_not`
+HALVES = {"cuda", "cuda-gpu"}  # modules that serve float16 and bfloat16
+
+
+def marked(*parameters: str) -> Any:
+    """Return a test's parameters, of which the first is a module, with the mark that it needs."""
+    marks = [pytest.mark.gpu] if parameters[0] == "cuda-gpu" else []
+    return pytest.param(*parameters, marks=marks, id="-".join(parameters))
+
+
+NAMES = [marked(name) for name in sorted({name for name, _ in MODULES})]
 SERVED = [
     (*module, variant) for module in MODULES for variant in VARIANTS if (module[0], variant) not in UNCLAIMED
 ]
-SERVED_NAMES = sorted({(name, variant) for name, dtype, variant in SERVED if dtype == "float64"})
+SERVED_NAMES = [
+    marked(*pair)
+    for pair in sorted({(name, variant) for name, dtype, variant in SERVED if dtype == "float64"})
+]
+SERVED = [marked(*served) for served in SERVED]
 
 
-@pytest.fixture(params=SERVED, ids="-".join)
+@pytest.fixture(params=[pytest.param(param.values, marks=param.marks, id=param.id) for param in SERVED])
 def served(request):
     """The name of a module, a dtype and a variant that it serves."""
     return request.param
@@ -63,7 +88,39 @@ def variant(served):
     return served[2]
 
 
+class OnGPU:
+    """The CuPy kernels, given and giving NumPy arrays; what is saved stays on the device."""
+
+    def __init__(self, module: Any):
+        self._module, self._cupy = module, importlib.import_module("cupy")
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            there = {name: self._there(value) for name, value in options.items()}
+            results = getattr(self._module, name)(*[self._there(arg) for arg in args], **there)
+            return (
+                tuple(self._here(result) for result in results)
+                if type(results) is tuple
+                else self._here(results)
+            )
+
+        return getattr(self._module, name) if name == "why_not" else call
+
+    def _there(self, value: Any) -> Any:
+        return self._cupy.asarray(value) if isinstance(value, np.ndarray) else value
+
+    def _here(self, value: Any) -> Any:
+        return self._cupy.asnumpy(value) if isinstance(value, self._cupy.ndarray) else value
+
+
 def load(name: str) -> Any:
+    if name == "cuda":
+        return host_device.on_host()
+    if name == "cuda-gpu":
+        cupy = pytest.importorskip("cupy")
+        if not cupy.cuda.is_available():
+            pytest.skip("no GPU")
+        return OnGPU(importlib.import_module("rnnkit.kernels.cuda"))
     module = importlib.import_module(f"rnnkit.kernels.{name}")
     reason = module.why_not("rnn_forward", Case("rnn", "float32", 1))
     if reason is not None:
@@ -118,6 +175,8 @@ def problem(
 ) -> Problem:  # fmt: skip
     """Draw a problem; `poison` is what lies in the padding of gates and, for gates alone, of d_output."""
     cell, wanted = VARIANTS[variant]
+    dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    wide = np.dtype(np.float32) if dtype.itemsize == 2 else dtype
     rng = np.random.default_rng(seed)
     P = max(1, H // 2) if "weight_hr" in wanted else H
     # As layers begin, but with twice the spread: gates then reach their nonlinear parts.
@@ -138,23 +197,25 @@ def problem(
             lengths = np.sort(lengths)[::-1].copy()
         if ragged == "zero":
             lengths = np.zeros(B, np.int64)
-    sizes = (P, H) if cell == "lstm" else (P,)
-    gates, d_output = normal(T, B, GATES[cell] * H), normal(T, B, P)
-    weight_hh = (rng.uniform(-scale, scale, (GATES[cell] * H, P))).astype(dtype) / 2
+    gates, d_output = normal(T, B, GATES[cell] * H).astype(wide), normal(T, B, P)
+    # An LSTM's c is kept in the dtype of sums.
+    states, d_states = (
+        [normal(B, P), normal(B, H).astype(wide)][: 1 + (cell == "lstm")] for _ in ("initial", "final")
+    )
+    weight_hh = (rng.uniform(-scale, scale, (GATES[cell] * H, P)) / 2).astype(dtype)
     if lengths is not None:
         padding = np.arange(T)[:, None] >= lengths[None, :]
         d_output[padding] = poison
         if poison:
             gates[padding] = poison
-    return Problem(
-        cell, gates, [normal(B, N) for N in sizes], weight_hh, options, lengths, reverse,
-        d_output, [normal(B, N) for N in sizes],
-    )  # fmt: skip
+    return Problem(cell, gates, states, weight_hh, options, lengths, reverse, d_output, d_states)
 
 
 def assert_close(ours: np.ndarray, theirs: np.ndarray, tolerance: float, what: str) -> None:
     assert ours.shape == theirs.shape, what
     assert ours.dtype == theirs.dtype, what
+    if ours.dtype.itemsize == 2:
+        ours, theirs = ours.astype(np.float32), theirs.astype(np.float32)
     scale = max(1.0, float(np.max(np.abs(theirs), initial=0.0)))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * scale, err_msg=what)
 
@@ -355,7 +416,7 @@ def test_gradients_against_central_differences(name, variant, ragged, reverse):
     assert actual == pytest.approx(expected, rel=1e-6, abs=1e-8), f"seed {seed}"
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _ in MODULES}))
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_a_module_claims(name, variant):
     cell, options = VARIANTS[variant]
@@ -363,7 +424,7 @@ def test_what_a_module_claims(name, variant):
     assert (load(name).why_not(f"{cell}_forward", case) is not None) == ((name, variant) in UNCLAIMED)
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _ in MODULES}))
+@pytest.mark.parametrize("name", [name for name in NAMES if name.values[0] not in HALVES])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("cell", sorted(GATES))
 def test_half_precision_is_refused_with_a_reason(name, dtype, cell):
@@ -382,7 +443,7 @@ def test_the_seam_takes_the_fast_module(cell, monkeypatch):
     assert half.refused[f"{cell}_forward"]["numpy"]
 
 
-@pytest.mark.parametrize("name", ["numpy"])
+@pytest.mark.parametrize("name", [marked(name) for name in ("numpy", "cuda", "cuda-gpu")])
 @pytest.mark.parametrize(("rows", "columns", "table"), [(0, 3, 5), (1, 1, 1), (40, 7, 5), (40, 7, 1000)])
 def test_embedding_backward(name, rows, columns, table):
     rng = np.random.default_rng(0)

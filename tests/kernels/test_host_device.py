@@ -7,7 +7,7 @@ from functools import partial
 import ml_dtypes
 import numpy as np
 import pytest
-from host_device import HERE, ORDERS, HostDevice, fenced, require_compiler
+from host_device import HERE, ORDERS, HostDevice, fenced, kernel_source, require_compiler
 
 SCHEDULES = list(ORDERS)
 
@@ -15,7 +15,7 @@ SCHEDULES = list(ORDERS)
 @pytest.fixture(scope="session")
 def planted(tmp_path_factory):
     require_compiler()
-    return HostDevice(tmp_path_factory.mktemp("planted"), sources=HERE)
+    return HostDevice(tmp_path_factory.mktemp("planted"))
 
 
 @pytest.fixture(params=SCHEDULES)
@@ -23,8 +23,13 @@ def launch(planted, request):
     """Launch a kernel of planted.cu, in float64, under one of the schedules."""
     planted.order = request.param
 
-    def call(name, grid, block, args, dtype="float64", **options):
-        planted.kernel("planted", name, dtype)(grid, block, args, **options)
+    def call(name, grid, block, args, dtype="float64", shared=0, cooperative=False):
+        source = kernel_source()
+        options = source.defines(dtype, vector=1)
+        module = planted.raw_module(
+            code=source.source(HERE / "planted.cu"), options=options, enable_cooperative_groups=cooperative
+        )
+        module.get_function(name)(grid, block, args, shared_mem=shared)
 
     return call
 
@@ -94,13 +99,13 @@ def test_shuffles_and_ballots(launch, rng):
 def test_all_blocks_of_a_cooperative_launch_meet(launch):
     x = fenced(5, np.float64)
     x[...] = np.arange(5.0)
-    launch("around_the_grid", (5,), (3,), (x, 7), mode=2)
+    launch("around_the_grid", (5,), (3,), (x, 7), cooperative=True)
     np.testing.assert_array_equal(x, np.roll(np.arange(5.0), 7) + 7)
     counter, y = np.zeros(1, np.int64), fenced(10, np.float64)
-    launch("meet_at_a_counter", (5,), (2,), (y, counter), mode=2)
+    launch("meet_at_a_counter", (5,), (2,), (y, counter), cooperative=True)
     np.testing.assert_array_equal(y, np.full(10, 5.0))
     with pytest.raises(AssertionError, match="every thread spins"):  # one block after the other: none comes
-        launch("meet_at_a_counter", (5,), (2,), (y, np.zeros(1, np.int64)), mode=1)
+        launch("meet_at_a_counter", (5,), (2,), (y, np.zeros(1, np.int64)))
 
 
 def test_arguments_are_checked_against_the_declaration(launch):

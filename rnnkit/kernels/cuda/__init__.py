@@ -20,9 +20,15 @@ device, and memory comes from CuPy's current allocator.
 from __future__ import annotations
 
 from .._case import Case
+from ._around import embedding_backward, matmul
+from ._gru import gru_backward, gru_forward
 from ._lstm import lstm_backward, lstm_forward
+from ._rnn import rnn_backward, rnn_forward
 
-__all__ = ["lstm_backward", "lstm_forward", "why_not"]
+__all__ = [
+    "embedding_backward", "gru_backward", "gru_forward", "lstm_backward", "lstm_forward", "matmul",
+    "rnn_backward", "rnn_forward", "why_not",
+]  # fmt: skip
 
 
 def why_not(name: str, case: Case) -> str | None:

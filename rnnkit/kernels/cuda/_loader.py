@@ -16,7 +16,7 @@ import numpy as np
 from cupy_backends.cuda.libs import cublas
 
 from ..._typing import Array
-from ._source import defines, source
+from ._source import FOLDER, defines, source
 
 Launch = Callable[..., None]
 
@@ -49,7 +49,7 @@ def kernel(file: str, name: str, dtype: str, vector: int = 1) -> Launch:
 
 @cache
 def _module(file: str, dtype: str, vector: int) -> Any:
-    return cupy.RawModule(code=source(file), options=defines(dtype, vector))
+    return cupy.RawModule(code=source(FOLDER / f"{file}.cu"), options=defines(dtype, vector))
 
 
 def address(array: Array) -> int:
@@ -87,8 +87,9 @@ def product(a: Array, b: Array, out: Array, *, add: bool = False) -> Callable[[i
 
     Notes
     -----
-    `cupy.matmul` makes some ten views a call, allocates where `out` differs in dtype, and cannot add. So this
-    calls cuBLAS with addresses, as CuPy itself does. The precision of float32 products is CuPy's setting.
+    `cupy.matmul` rearranges its operands anew at every call, allocates where `out` differs from them in dtype,
+    and cannot add. So this calls cuBLAS with addresses, as CuPy itself does in the end. The precision of
+    float32 products is CuPy's setting at the time.
     """
     (M, K), N = a.shape[-2:], b.shape[1]
     if not (M and N):
@@ -101,10 +102,11 @@ def product(a: Array, b: Array, out: Array, *, add: bool = False) -> Callable[[i
     from_a, from_b, to = address(a), address(b), address(out)
     step_a = a.strides[0] if a.ndim == 3 else 0
     step_out = out.strides[0] if out.ndim == 3 else 0
-    compute, algorithm = _compute_type(str(out.dtype)), cublas.CUBLAS_GEMM_DEFAULT
+    compute, algorithm = _compute_type(a.dtype), cublas.CUBLAS_GEMM_DEFAULT
     handle = cupy.cuda.device.get_cublas_handle()
 
-    def multiply(t: int) -> None:
+    def multiply(t: int, _alive: tuple[Array, ...] = (a, b, out)) -> None:
+        # _alive: an address keeps no array, and CuPy would give a widened copy's memory to the next one.
         # In Fortran order, which is cuBLAS's, these are the transposes: out^T = b^T a^T.
         cublas.gemmEx(
             handle, op_b, op_a, N, M, K, one, from_b, a_type, ld_b, from_a + t * step_a, a_type, ld_a,
@@ -125,18 +127,19 @@ def _layout(matrix: Array) -> tuple[int, int]:
     return cublas.CUBLAS_OP_T, max(1, rows)
 
 
-def _compute_type(dtype: str) -> int:
-    """Return cuBLAS's compute type for products that give this dtype, as CuPy would choose it."""
-    setting, wide = precision(dtype), dtype == "float64"
+def _compute_type(dtype: Any) -> Any:
+    """Return cuBLAS's compute type for operands of this dtype, as CuPy would choose it."""
+    setting, wide = precision(dtype), str(dtype) == "float64"
     if setting == "PEDANTIC":
-        return int(cublas.CUBLAS_COMPUTE_64F_PEDANTIC if wide else cublas.CUBLAS_COMPUTE_32F_PEDANTIC)
+        return cublas.CUBLAS_COMPUTE_64F_PEDANTIC if wide else cublas.CUBLAS_COMPUTE_32F_PEDANTIC
     if wide:
-        return int(cublas.CUBLAS_COMPUTE_64F)
-    return int(cublas.CUBLAS_COMPUTE_32F_FAST_TF32 if setting == "TF32" else cublas.CUBLAS_COMPUTE_32F)
+        return cublas.CUBLAS_COMPUTE_64F
+    rounded = setting == "TF32" and str(dtype) == "float32"  # cuBLAS refuses it for half precision
+    return cublas.CUBLAS_COMPUTE_32F_FAST_TF32 if rounded else cublas.CUBLAS_COMPUTE_32F
 
 
-def precision(dtype: str) -> str:
-    """Return the name of CuPy's setting for products of this dtype: "DEFAULT", "TF32", "PEDANTIC" and so on.
+def precision(dtype: Any) -> str:
+    """Return the name of CuPy's setting for products of the dtype: "DEFAULT", "TF32", "PEDANTIC" and so on.
 
     CuPy reads the environment variable CUPY_TF32 once, at the first product; `cupy._core.set_compute_type`
     changes the setting later.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+FOLDER = Path(__file__).parent
+
 # The types of common.cuh for a dtype: what is stored, what is computed in.
 _TYPES = {
     "float32": ("float", "float"),
@@ -15,14 +17,12 @@ _TYPES = {
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 
 
-def source(file: str) -> str:
-    """Return the text of ``<file>.cu`` with what it includes, since NVRTC is given no search path.
+def source(path: Path) -> str:
+    """Return the text of a file with what it includes from here, since NVRTC is given no search path.
 
     CuPy's cache on disk knows a kernel by its text: what is included must be part of it.
     """
-    folder = Path(__file__).parent
-    text = (folder / f"{file}.cu").read_text()
-    return _INCLUDE.sub(lambda line: (folder / line[1]).read_text(), text)
+    return _INCLUDE.sub(lambda line: (FOLDER / line[1]).read_text(), path.read_text())
 
 
 def defines(dtype: str, vector: int) -> tuple[str, ...]:

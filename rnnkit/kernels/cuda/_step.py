@@ -25,7 +25,7 @@ def elementwise(file: str, name: str, dtype: str, rows: int, columns: int, args:
     """
     if not rows:
         return lambda t: None
-    vector = _vector(columns, args)
+    vector = vector_of(columns, args)
     launch = _loader.kernel(file, name, dtype, vector)
     lanes = -(-columns // vector)
     threads = min(_THREADS, -(-lanes // _WARP) * _WARP)
@@ -33,7 +33,7 @@ def elementwise(file: str, name: str, dtype: str, rows: int, columns: int, args:
     return lambda t: launch(grid, block, (*args, t))
 
 
-def _vector(columns: int, args: tuple[Any, ...]) -> int:
+def vector_of(columns: int, args: tuple[Any, ...]) -> int:
     """Return how many elements a thread can load at once: every row must begin on a multiple of it.
 
     Integers, such as lengths, are loaded one by one.

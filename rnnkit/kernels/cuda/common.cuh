@@ -6,8 +6,6 @@
 // No CUDA headers: NVRTC finds none by itself, and an installation may have none.
 // tests/kernels/host.h stands in for the device where RNNKIT_HOST is defined.
 
-#pragma once
-
 struct float16 {
     unsigned short bits;
 };
@@ -49,7 +47,7 @@ __device__ __forceinline__ void round_to(float x, float& y) { y = x; }
 __device__ __forceinline__ void round_to(double x, double& y) { y = x; }
 __device__ __forceinline__ void round_to(float x, float16& y) { y.bits = half_of_float(x); }
 __device__ __forceinline__ void round_to(float x, bfloat16& y) {
-    unsigned int bits = bits_of_float(x);
+    const unsigned int bits = bits_of_float(x);
     // To nearest, ties to even; a NaN must not be carried over into infinity.
     y.bits = x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
@@ -89,6 +87,12 @@ __device__ __forceinline__ long long row() { return blockIdx.x; }
 __device__ __forceinline__ long long rows() { return gridDim.x; }
 __device__ __forceinline__ long long column() {
     return ((long long)blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
+}
+
+// a + b into a.
+__device__ __forceinline__ void add(const REAL (&b)[VECTOR], REAL (&a)[VECTOR]) {
+#pragma unroll
+    for (int v = 0; v < VECTOR; ++v) a[v] += b[v];
 }
 
 // Whether this block's sequence has a time step t.

@@ -77,8 +77,7 @@ extern "C" __global__ void lstm_backward(
         REAL d_y[VECTOR];
         load(d_h + at, d_m_t);
         load(d_output + step_row * H + j, d_y);
-#pragma unroll
-        for (int v = 0; v < VECTOR; ++v) d_m_t[v] += d_y[v];
+        add(d_y, d_m_t);
         store_zeros(d_h + at);
     }
 #pragma unroll
@@ -123,8 +122,7 @@ extern "C" __global__ void lstm_project_backward(
     REAL d_h_t[VECTOR], d_y[VECTOR];
     load(d_h + at, d_h_t);
     load(d_output + here, d_y);
-#pragma unroll
-    for (int v = 0; v < VECTOR; ++v) d_h_t[v] += d_y[v];
+    add(d_y, d_h_t);
     store(d_h_t, d_projected + here);
     store_zeros(d_h + at);
 }
