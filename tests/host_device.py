@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -33,9 +34,15 @@ HERE = Path(__file__).parent / "kernels"
 PACKAGE = Path(rnnkit.kernels.__file__).parent / "cuda"
 FENCE = 64  # bytes on either side of an array that nobody may write
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
-LETTERS = {"float32": "f", "float64": "d", "float16": "h", "bfloat16": "b", "int64": "q", "int32": "i"}
-# A kernel that uses one of these must have a fiber for every thread.
+LETTERS = {
+    np.dtype(kind): letter
+    for kind, letter in [
+        (np.float32, "f"), (np.float64, "d"), (np.float16, "h"), (ml_dtypes.bfloat16, "b"), (np.int64, "q"),
+    ]
+}  # fmt: skip
+# Where one of these is called every thread must have a fiber, which costs ten times the time.
 WAITS = re.compile(r"__sync|__shfl|__ballot|__any|__all|barrier|SHARED|__nanosleep")
+MACROS = re.compile(r"^#.*(?:\\\n.*)*$", re.MULTILINE)
 
 
 # ------------------------------------------------------------------------------- memory with fences
@@ -67,7 +74,9 @@ def fences_hold(array: np.ndarray) -> bool:
         memory = memory.base
     if memory is None:
         return True
-    return bool((memory[: memory.start] == 0xFF).all() and (memory[memory.stop :] == 0xFF).all())
+    here = memory.ctypes.data
+    before, behind = ctypes.string_at(here, memory.start), ctypes.string_at(here + memory.stop, FENCE)
+    return before.count(0xFF) == memory.start and behind.count(0xFF) == FENCE
 
 
 class PoisonedNumPy:
@@ -120,21 +129,26 @@ class HostDevice:
                 _compile(["-shared", *options, str(main), str(self.folder / "host.o")], target)
         library = ctypes.CDLL(str(target))
         library.host_run.restype = ctypes.c_char_p
-        mode = 2 if cooperative.get("enable_cooperative_groups") else int(bool(WAITS.search(code)))
+        mode = (
+            2
+            if cooperative.get("enable_cooperative_groups")
+            else int(bool(WAITS.search(MACROS.sub("", code))))
+        )
         return SimpleNamespace(get_function=lambda kernel: self._function(library, kernel, mode))
 
     def _function(self, library: ctypes.CDLL, name: str, mode: int) -> Any:
         entry, describe = getattr(library, f"{name}_call"), getattr(library, f"{name}_signature")
         describe.restype = ctypes.c_char_p
         kinds, letters = describe().decode().split("|")
+        pointers_type = ctypes.c_void_p * len(kinds)  # to make a type costs more than a launch
 
         def launch(grid: Any, block: Any, args: tuple[Any, ...], shared_mem: int = 0) -> None:
             assert len(args) == len(kinds), f"{name} takes {len(kinds)} arguments, got {len(args)}"
             values = [_value(name, k, *each) for k, each in enumerate(zip(args, kinds, letters, strict=True))]
-            pointers = (ctypes.c_void_p * len(args))(*[ctypes.addressof(value) for value in values])
+            pointers = pointers_type(*[ctypes.addressof(value) for value in values])
             assert all(grid), f"{name}: a grid {grid} without blocks"
-            assert np.prod(block) <= 1024, f"{name}: a block {block} of more than 1024 threads"
-            shape = [(ctypes.c_uint * 3)(*size, *[1] * (3 - len(size))) for size in (grid, block)]
+            assert math.prod(block) <= 1024, f"{name}: a block {block} of more than 1024 threads"
+            shape = [SIZES(*size, *[1] * (3 - len(size))) for size in (grid, block)]
             with self._lock:
                 self.launches.append(name)
                 self.seed += 1
@@ -173,6 +187,7 @@ class HostDevice:
         out[...] = product + out if factor else product
 
 
+SIZES = ctypes.c_uint * 3
 HANDLE = 4711
 TYPES = {0: np.float32, 1: np.float64, 2: np.float16, 14: ml_dtypes.bfloat16}  # cudaDataType_t
 FACTOR = {"float32": ctypes.c_float, "float64": ctypes.c_double}
@@ -201,7 +216,7 @@ def _value(name: str, k: int, arg: Any, kind: str, letter: str) -> Any:
         return ctypes.c_void_p()
     assert isinstance(arg, np.ndarray), f"{where} is a pointer, got {arg!r}"
     assert arg.flags.c_contiguous, f"{where} is not in C order"
-    assert LETTERS[str(arg.dtype)] == letter, f"{where} points to {letter!r}, got {arg.dtype}"
+    assert LETTERS[arg.dtype] == letter, f"{where} points to {letter!r}, got {arg.dtype}"
     assert kind == "&" or arg.flags.writeable, f"{where} would be written, but is an input"
     return ctypes.c_void_p(arg.ctypes.data)
 
