@@ -1,8 +1,8 @@
 """A device without a GPU: the `cuda` kernels on NumPy arrays, their `.cu` files compiled by g++.
 
-`on_host` returns a second copy of `rnnkit.kernels.cuda` that finds a `HostDevice` where it looks for CuPy: the
-same Python, the same kernel source, cuBLAS replaced by NumPy behind the same call with addresses. What this can
-show and what it cannot is said in tests/kernels/host.h.
+`on_host` returns a second copy of `rnnkit.kernels.cuda` that finds a `HostDevice` where it looks for CuPy:
+the same Python, the same kernel source, cuBLAS replaced by NumPy behind the same call with addresses. What it
+can show and what it cannot is said in tests/kernels/host.h.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class HostDevice:
         ld_a: int, b: int, b_type: int, ld_b: int, beta: int, c: int, c_type: int, ld_c: int, compute: int,
         algorithm: int,
     ) -> None:  # fmt: skip
-        """Stand in for cublasGemmEx: c (m, n) = alpha op(a) op(b) + beta c, all in Fortran order, by address."""
+        """Stand in for cublasGemmEx: c (m, n) = alpha op(a) op(b) + beta c, by address, in Fortran order."""
         assert handle == HANDLE
         kind = np.dtype(TYPES[c_type])
         assert (a_type, c_type, compute) in COMPUTES, "cuBLAS has no such product"

@@ -2,9 +2,9 @@
 
 The kernels are called directly, as the layers call them. Tolerances: 2e-6 for what a float32 scan computes
 forward, up to T = 1000, and 1e-12 in float64, absolute where values are at most 1; what can grow (a gradient,
-the state of a relu network, c) is measured against the largest of its entries. In half precision h is rounded at
-every step, and where two sums differ in their last float32 bit it may fall on the next number: four units in the
-last place of 1.
+the state of a relu network, c) is measured against the largest of its entries. In half precision h is rounded
+at every step, and where two sums differ in their last float32 bit it may fall on the next number: four units
+in the last place of 1.
 
 "cuda" is the CuPy module on the host, on NumPy arrays; "cuda-gpu" is the same on a GPU.
 """

@@ -20,6 +20,7 @@ device, and memory comes from CuPy's current allocator.
 from __future__ import annotations
 
 from .._case import Case
+from . import _loader
 from ._around import embedding_backward, matmul
 from ._gru import gru_backward, gru_forward
 from ._lstm import lstm_backward, lstm_forward
@@ -34,3 +35,12 @@ __all__ = [
 def why_not(name: str, case: Case) -> str | None:
     """Say why this module cannot serve `case`: it serves all that it has."""
     return None
+
+
+def note(name: str, case: Case) -> str | None:
+    """Say how float32 products are rounded: in half precision those of the gradients are float32 as well."""
+    if case.dtype == "float64" or name == "embedding_backward":
+        return None
+    setting = _loader.precision("float32")
+    meaning = "TF32" if setting == "TF32" else "full float32"
+    return f"float32 products in {meaning}: CuPy's compute type {setting} (CUPY_TF32=1 means TF32)"

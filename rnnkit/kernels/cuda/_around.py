@@ -36,8 +36,8 @@ def _ordered(matrix: Array) -> Array:
 def embedding_backward(d_rows: Array, index: Array, num_rows: int) -> Array:
     """Return the gradient (num_rows, N) of the table whose rows `index` (M,) gave `d_rows` (M, N).
 
-    One launch without atomics: the same bits every time, and no sort, which would wait for the device. It reads
-    the whole index once for each row of the table.
+    One launch without atomics: the same bits every time, and no sort, which would wait for the device. It
+    reads the whole index once for each row of the table.
     """
     xp = namespace_of(d_rows)
     M, N = d_rows.shape

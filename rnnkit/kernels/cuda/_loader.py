@@ -87,13 +87,13 @@ def product(a: Array, b: Array, out: Array, *, add: bool = False) -> Callable[[i
 
     Notes
     -----
-    `cupy.matmul` rearranges its operands anew at every call, allocates where `out` differs from them in dtype,
-    and cannot add. So this calls cuBLAS with addresses, as CuPy itself does in the end. The precision of
-    float32 products is CuPy's setting at the time.
+    `cupy.matmul` rearranges its operands anew at every call, allocates where `out` differs from them in
+    dtype, and cannot add. So this calls cuBLAS with addresses, as CuPy itself does in the end. The precision
+    of float32 products is CuPy's setting at the time.
     """
     (M, K), N = a.shape[-2:], b.shape[1]
-    if not (M and N):
-        return lambda t: None
+    if not (M and N and K):  # which cuBLAS's manual leaves open
+        return lambda t: None if add else (out[t] if out.ndim == 3 else out).fill(0)
     op_a, ld_a = _layout(a)
     op_b, ld_b = _layout(b)
     a_type, out_type = _CUDA_TYPES[str(a.dtype)], _CUDA_TYPES[str(out.dtype)]
