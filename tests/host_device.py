@@ -134,9 +134,10 @@ class HostDevice:
             if cooperative.get("enable_cooperative_groups")
             else int(bool(WAITS.search(MACROS.sub("", code))))
         )
-        return SimpleNamespace(get_function=lambda kernel: self._function(library, kernel, mode))
+        (vector,) = (int(option.partition("=")[2]) for option in options if option.startswith("-DVECTOR"))
+        return SimpleNamespace(get_function=lambda kernel: self._function(library, kernel, mode, vector))
 
-    def _function(self, library: ctypes.CDLL, name: str, mode: int) -> Any:
+    def _function(self, library: ctypes.CDLL, name: str, mode: int, vector: int) -> Any:
         entry, describe = getattr(library, f"{name}_call"), getattr(library, f"{name}_signature")
         describe.restype = ctypes.c_char_p
         kinds, letters = describe().decode().split("|")
@@ -144,7 +145,10 @@ class HostDevice:
 
         def launch(grid: Any, block: Any, args: tuple[Any, ...], shared_mem: int = 0) -> None:
             assert len(args) == len(kinds), f"{name} takes {len(kinds)} arguments, got {len(args)}"
-            values = [_value(name, k, *each) for k, each in enumerate(zip(args, kinds, letters, strict=True))]
+            values = [
+                _value(f"argument {k} of {name}", vector, *each)
+                for k, each in enumerate(zip(args, kinds, letters, strict=True))
+            ]
             pointers = pointers_type(*[ctypes.addressof(value) for value in values])
             assert all(grid), f"{name}: a grid {grid} without blocks"
             assert math.prod(block) <= 1024, f"{name}: a block {block} of more than 1024 threads"
@@ -206,9 +210,8 @@ def _matrix(address: int, kind: int, rows: int, columns: int, leading: int) -> n
     return np.ndarray((rows, columns), dtype, memory, strides=(dtype.itemsize, leading * dtype.itemsize))
 
 
-def _value(name: str, k: int, arg: Any, kind: str, letter: str) -> Any:
+def _value(where: str, vector: int, arg: Any, kind: str, letter: str) -> Any:
     """Return the C value of an argument, which must be what the kernel declares: a GPU would not notice."""
-    where = f"argument {k} of {name}"
     if kind == "=":
         assert type(arg) is {"q": int, "d": float}.get(letter), f"{where} is {letter!r}, got {arg!r}"
         return ctypes.c_longlong(arg) if letter == "q" else ctypes.c_double(arg)
@@ -218,7 +221,10 @@ def _value(name: str, k: int, arg: Any, kind: str, letter: str) -> Any:
     assert arg.flags.c_contiguous, f"{where} is not in C order"
     assert LETTERS[arg.dtype] == letter, f"{where} points to {letter!r}, got {arg.dtype}"
     assert kind == "&" or arg.flags.writeable, f"{where} would be written, but is an input"
-    return ctypes.c_void_p(arg.ctypes.data)
+    address = arg.ctypes.data
+    aligned = letter == "q" or address % min(16, vector * arg.itemsize) == 0
+    assert aligned, f"{where} lies at an address from which no {vector} elements can be loaded at once"
+    return ctypes.c_void_p(address)
 
 
 def _compile(arguments: list[str], target: Path) -> None:

@@ -55,10 +55,11 @@ def compiler():
 def resources(file: str, dtype: str, vector: int, architecture: str) -> dict[str, dict[str, int]]:
     """Compile a file with CuPy's own options and return what the assembler says of each kernel."""
     core, source, log = compiler(), kernel_source(), io.StringIO()
-    macros = [tuple(option.removeprefix("-D").split("=")) for option in source.defines(dtype, vector)]
+    standard, *macros = source.options(dtype, vector)
     options = core.ProgramOptions(
-        arch=architecture, std="c++17", ftz=True, define_macro=macros, ptxas_options="-v"
-    )
+        arch=architecture, std=standard.removeprefix("-std="), ftz=True, ptxas_options="-v",
+        define_macro=[tuple(macro.removeprefix("-D").split("=")) for macro in macros],
+    )  # fmt: skip
     core.Program(source.source(PACKAGE / f"{file}.cu"), "c++", options).compile("cubin", logs=log)
     report = log.getvalue()
     assert "warning" not in report, report

@@ -203,7 +203,8 @@ def test_large_products(cuda, rng, dtype):
     kind = DTYPES[dtype]
     a, b = (rng.standard_normal(shape).astype(kind) for shape in ((6, 9), (9, 4)))
     cut = rng.standard_normal((6, 20)).astype(kind)[:, 3:12]  # rows apart: in neither order
-    for left, right in [(a, b), (np.asfortranarray(a), b), (cut, b), (a.astype(wide(dtype)), b)]:
+    pairs = [(a, b), (np.asfortranarray(a), b), (cut, b), (cut.T, a), (a.astype(wide(dtype)), b)]
+    for left, right in pairs:
         ours, theirs = cuda.matmul(left, right), reference.matmul(left, right)
         assert_close(ours, theirs, 1e-13 if dtype == "float64" else 5e-6, "matmul")
 
@@ -211,7 +212,7 @@ def test_large_products(cuda, rng, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_a_table_add_up_in_one_order(cuda, rng, dtype):
     """The same bits however the threads take turns, also where many hits lie in one block or in none."""
-    for M, N, V in [(0, 3, 5), (300, 5, 3), (700, 8, 400), (129, 520, 2)]:
+    for M, N, V in [(0, 3, 5), (300, 5, 3), (700, 8, 400), (129, 520, 2), (200, 3, 1)]:
         d_rows, index = rng.standard_normal((M, N)).astype(DTYPES[dtype]), rng.integers(0, V, M)
         results = []
         for order in ("forward", "reverse", "shuffled"):
@@ -225,6 +226,12 @@ def test_rows_of_a_table_add_up_in_one_order(cuda, rng, dtype):
             results[0].astype(np.float64), expected, rtol=scale, atol=scale * np.abs(expected).max(initial=1)
         )
         assert results[0].dtype == DTYPES[dtype]
+
+
+def test_rows_of_a_table_in_any_memory_order(cuda, rng):
+    d_rows, index = rng.standard_normal((12, 8)), rng.integers(0, 5, 24).astype(np.int32)
+    ours = cuda.embedding_backward(np.asfortranarray(d_rows), index[::2], 5)
+    np.testing.assert_allclose(ours, reference.embedding_backward(d_rows, index[::2], 5), rtol=0, atol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------- the sources

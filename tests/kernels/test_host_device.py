@@ -25,7 +25,7 @@ def launch(planted, request):
 
     def call(name, grid, block, args, dtype="float64", shared=0, cooperative=False):
         source = kernel_source()
-        options = source.defines(dtype, vector=1)
+        options = source.options(dtype, vector=1)
         module = planted.raw_module(
             code=source.source(HERE / "planted.cu"), options=options, enable_cooperative_groups=cooperative
         )

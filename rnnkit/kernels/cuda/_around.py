@@ -41,7 +41,9 @@ def embedding_backward(d_rows: Array, index: Array, num_rows: int) -> Array:
     """
     xp = namespace_of(d_rows)
     M, N = d_rows.shape
-    index = xp.astype(index, xp.int64, copy=False)
+    # Both come through a reshape, which keeps the strides of a user's own array.
+    d_rows = xp.ascontiguousarray(d_rows)
+    index = xp.ascontiguousarray(xp.astype(index, xp.int64, copy=False))
     d_table = xp.empty((num_rows, N), dtype=d_rows.dtype)
     vector = vector_of(N, (d_rows, d_table))
     launch = _loader.kernel("embedding", "embedding_backward", str(d_rows.dtype), vector)

@@ -16,7 +16,7 @@ import numpy as np
 from cupy_backends.cuda.libs import cublas
 
 from ..._typing import Array
-from ._source import FOLDER, defines, source
+from ._source import FOLDER, options, source
 
 Launch = Callable[..., None]
 
@@ -49,7 +49,7 @@ def kernel(file: str, name: str, dtype: str, vector: int = 1) -> Launch:
 
 @cache
 def _module(file: str, dtype: str, vector: int) -> Any:
-    return cupy.RawModule(code=source(FOLDER / f"{file}.cu"), options=defines(dtype, vector))
+    return cupy.RawModule(code=source(FOLDER / f"{file}.cu"), options=options(dtype, vector))
 
 
 def address(array: Array) -> int:

@@ -25,7 +25,7 @@ def source(path: Path) -> str:
     return _INCLUDE.sub(lambda line: (FOLDER / line[1]).read_text(), path.read_text())
 
 
-def defines(dtype: str, vector: int) -> tuple[str, ...]:
+def options(dtype: str, vector: int) -> tuple[str, ...]:
     """Return the compiler options of a variant; common.cuh says what they mean."""
     store, real = _TYPES[dtype]
-    return f"-DSTORE={store}", f"-DREAL={real}", f"-DVECTOR={vector}"
+    return "-std=c++17", f"-DSTORE={store}", f"-DREAL={real}", f"-DVECTOR={vector}"
