@@ -13,6 +13,7 @@ from host_device import PACKAGE, fenced, on_host
 from test_kernels import TOLERANCE, VARIANTS, assert_agrees, assert_close, problem
 
 import rnnkit
+from rnnkit._array import Backend
 from rnnkit.kernels import Case, _choose, kernels_for, reference
 
 DTYPES = {
@@ -142,6 +143,48 @@ def test_whole_layers(cuda, rng, monkeypatch, cell, tokens):
     assert cuda.device.launches
     for ours, theirs in zip(results, expected, strict=True):
         assert_close(ours, theirs, 1e-12, cell.__name__)
+
+
+class CurrentDevice(str):
+    """A device for NumPy that can be made the current one, like CuPy's."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+
+@pytest.mark.parametrize("cell", [rnnkit.RNN, rnnkit.GRU, rnnkit.LSTM])
+def test_whole_layers_in_bfloat16(cuda, rng, monkeypatch, cell):
+    """As on CuPy, whose bfloat16 is ml_dtypes': against float64 from the same rounded numbers."""
+    monkeypatch.setitem(rnnkit.kernels._MODULES, "cupy", ("cuda_on_host", "reference"))
+    _choose.cache_clear()
+    kind, where = DTYPES["bfloat16"], np.where
+
+    def where_of_cupy(*arguments):  # it has no loop for bfloat16
+        result = where(*arguments)
+        return result.astype(np.float32) if result.dtype == kind else result
+
+    monkeypatch.setattr(np, "where", where_of_cupy)
+    backend = Backend("cupy", np, CurrentDevice("cpu"), np.ndarray, (1, 0))
+    layer = cell(6, 4, bidirectional=True, backend=backend, dtype="bfloat16", seed=int(rng.integers(1 << 30)))
+    exact = layer.to("numpy", dtype="float64")
+    x, d_output = (rng.standard_normal((7, 5, 6 + 2 * k)).astype(kind) for k in (0, 1))
+    lengths = rng.integers(0, 8, 5)
+    (output, _), pullback = layer.vjp(x, lengths=lengths)
+    grads = pullback(d_output)
+    (expected, _), exact_pullback = exact.vjp(x.astype(np.float64), lengths=lengths)
+    exact_grads = exact_pullback(d_output.astype(np.float64))
+    assert "cuda_on_host" in layer.explain()
+    _choose.cache_clear()
+    pairs = [(output, expected), (grads.x, exact_grads.x), (grads.params.flat, exact_grads.params.flat)]
+    for ours, theirs in pairs:
+        assert ours.dtype == kind
+        # A few units in the last place, 2^-8 at 1, over seven steps.
+        assert_close(ours.astype(np.float64), theirs, 8 * 2**-8, cell.__name__)
+    layer.load_params(layer.params)
+    assert cell(6, 4, bidirectional=True, backend=backend, dtype="bfloat16").load_params(exact.params) is None
 
 
 def test_explain_says_how_products_are_rounded(cuda, loader, monkeypatch):
