@@ -1,8 +1,8 @@
 """From a `.cu` file to a function that launches a kernel, and matrix products without an allocation.
 
-The only file that touches CuPy's compiler interface and cuBLAS; all else in this package calls `kernel`,
-`product` and `address`, which is how the tests run it on the host. Everything goes to the current stream of
-the current device, and nothing here waits for it.
+The only file that imports CuPy; all else in this package is written against the namespace of its arrays and
+calls `kernel`, `product` and `address`. So the tests can put a device made of threads of the host in CuPy's
+place. Everything goes to the current stream of the current device, and nothing here waits for it.
 """
 
 from __future__ import annotations
