@@ -187,8 +187,8 @@ def problem(
     # As layers begin, but with twice the spread: gates then reach their nonlinear parts.
     scale = 2.0 / np.sqrt(H)
 
-    def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
-        return (rng.standard_normal(shape) * scale).astype(dtype)
+    def normal(*shape: int, scale: float = 1.0, kind: np.dtype[Any] = dtype) -> np.ndarray:
+        return (rng.standard_normal(shape) * scale).astype(kind)
 
     options = dict(wanted)
     if "weight_hr" in wanted:
@@ -202,17 +202,16 @@ def problem(
             lengths = np.sort(lengths)[::-1].copy()
         if ragged == "zero":
             lengths = np.zeros(B, np.int64)
-    gates, d_output = normal(T, B, GATES[cell] * H).astype(wide), normal(T, B, P)
-    # An LSTM's c is kept in the dtype of sums.
-    states, d_states = (
-        [normal(B, P), normal(B, H).astype(wide)][: 1 + (cell == "lstm")] for _ in ("initial", "final")
-    )
+    # h, and of an LSTM c, which is kept in the dtype of sums.
+    kinds = ((P, dtype), (H, wide)) if cell == "lstm" else ((P, dtype),)
+    gates, d_output = normal(T, B, GATES[cell] * H, kind=wide), normal(T, B, P)
     weight_hh = (rng.uniform(-scale, scale, (GATES[cell] * H, P)) / 2).astype(dtype)
     if lengths is not None:
         padding = np.arange(T)[:, None] >= lengths[None, :]
         d_output[padding] = poison
         if poison:
             gates[padding] = poison
+    states, d_states = ([normal(B, N, kind=kind) for N, kind in kinds] for _ in ("initial", "final"))
     return Problem(cell, gates, states, weight_hh, options, lengths, reverse, d_output, d_states)
 
 
