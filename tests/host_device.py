@@ -40,7 +40,7 @@ LETTERS = {
         (np.float32, "f"), (np.float64, "d"), (np.float16, "h"), (ml_dtypes.bfloat16, "b"), (np.int64, "q"),
     ]
 }  # fmt: skip
-# Where one of these is called every thread must have a fiber, which costs ten times the time.
+# Where one of these is called every thread must have a fiber, which takes time.
 WAITS = re.compile(r"__sync|__shfl|__ballot|__any|__all|barrier|SHARED|__nanosleep")
 MACROS = re.compile(r"^#.*(?:\\\n.*)*$", re.MULTILINE)
 

@@ -47,7 +47,8 @@ struct Stacks {
     std::vector<void*> free;
     void* take() {
         if (free.empty()) {
-            void* stack = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+            const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+            void* stack = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, flags, -1, 0);
             if (stack == MAP_FAILED) throw std::runtime_error("no memory for another thread's stack");
             return stack;
         }
@@ -73,7 +74,7 @@ std::string name_of(const Thread& thread) {
 }
 
 void wait(State state, int line) {
-    if (current == nullptr) throw std::runtime_error("a barrier in a kernel that was launched without fibers");
+    if (current == nullptr) throw std::runtime_error("a barrier in a kernel launched without fibers");
     current->state = state;
     current->line = line;
     swapcontext(&current->context, &scheduler);
@@ -124,13 +125,13 @@ bool release(std::vector<Thread*>& group, State state) {
     const auto waits = [state](const Thread* thread) { return thread->state == state; };
     const auto first = std::find_if(group.begin(), group.end(), waits);
     if (first == group.end()) return false;
+    const std::string where = name_of(**first) + " waits in line " + std::to_string((*first)->line);
     for (Thread* thread : group) {
         if (thread->state == DONE)
-            failure = "divergent barrier: " + name_of(**first) + " waits in line " + std::to_string((*first)->line) +
-                      ", " + name_of(*thread) + " has returned";
+            failure = "divergent barrier: " + where + ", " + name_of(*thread) + " has returned";
         else if (waits(thread) && thread->line != (*first)->line)
-            failure = "divergent barrier: " + name_of(**first) + " waits in line " + std::to_string((*first)->line) +
-                      ", " + name_of(*thread) + " in line " + std::to_string(thread->line);
+            failure = "divergent barrier: " + where + ", " + name_of(*thread) + " in line " +
+                      std::to_string(thread->line);
         if (!failure.empty()) return false;
     }
     if (!std::all_of(group.begin(), group.end(), waits)) return false;
@@ -189,9 +190,11 @@ void run_together(std::vector<Block>& alive, Order order, std::mt19937& random) 
         bool released = false;
         for (Block& block : alive) released |= release_warps(block) | release_block(block);
         released |= release(all, AT_GRID);
-        if (std::all_of(all.begin(), all.end(), [](Thread* thread) { return thread->state == DONE; })) return;
+        const auto done = [](const Thread* thread) { return thread->state == DONE; };
+        if (std::all_of(all.begin(), all.end(), done)) return;
         if (!ran && !released && failure.empty()) {
-            const auto stuck = std::find_if(all.begin(), all.end(), [](Thread* t) { return t->state != DONE; });
+            const auto unfinished = [](const Thread* thread) { return thread->state != DONE; };
+            const auto stuck = std::find_if(all.begin(), all.end(), unfinished);
             failure = "deadlock: " + name_of(**stuck) + " waits in line " + std::to_string((*stuck)->line);
         }
         idle = advanced || released ? 0 : idle + 1;
@@ -220,7 +223,7 @@ void run_alone(const std::vector<dim3>& order_of_blocks, Order order, std::mt199
 namespace host {
 
 unsigned char* shared_memory() {
-    if (current == nullptr) throw std::runtime_error("shared memory in a kernel that was launched without fibers");
+    if (current == nullptr) throw std::runtime_error("shared memory in a kernel launched without fibers");
     return current_block->shared.data();
 }
 void block_barrier(int line) {
@@ -242,7 +245,7 @@ const uint64_t* warp_barrier(unsigned mask, uint64_t value, int line) {
     return current->lanes;
 }
 void yield() {
-    if (current == nullptr) throw std::runtime_error("a spin in a kernel that was launched without fibers");
+    if (current == nullptr) throw std::runtime_error("a spin in a kernel launched without fibers");
     current->spun = true;
     swapcontext(&current->context, &scheduler);
 }
@@ -255,11 +258,11 @@ void fail(const char* what, int line) {
 
 }  // namespace host
 
-// Runs a kernel; returns what went wrong, or null. `mode`: 0 without fibers, 1 block after block, 2 all blocks
-// at the same time (a cooperative launch).
+// Runs a kernel; returns what went wrong, or null. `mode`: 0 without fibers, 1 block after block, 2 all
+// blocks at the same time (a cooperative launch).
 extern "C" const char* host_run(
-    void (*kernel)(void**), void** args, const unsigned* grid, const unsigned* block, std::size_t shared, int mode,
-    int order, unsigned seed) {
+    void (*kernel)(void**), void** args, const unsigned* grid, const unsigned* block, std::size_t shared,
+    int mode, int order, unsigned seed) {
     std::mt19937 random(seed);
     failure.clear();
     entry = kernel;
@@ -299,7 +302,8 @@ float float_of_half(unsigned short bits) {
     const int exponent = bits >> 10 & 31, fraction = bits & 1023;
     const float sign = bits >> 15 ? -1.0f : 1.0f;
     if (exponent == 31) return fraction ? std::nanf("") : sign * INFINITY;
-    return sign * (exponent ? std::ldexp(float(1024 + fraction), exponent - 25) : std::ldexp(float(fraction), -24));
+    if (exponent == 0) return sign * std::ldexp(float(fraction), -24);
+    return sign * std::ldexp(float(1024 + fraction), exponent - 25);
 }
 
 // To nearest, ties to even, as the device rounds; the host's default rounding does the work.

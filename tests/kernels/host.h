@@ -171,7 +171,9 @@ struct Kernel {
     static void call(void (*kernel)(A...), void** args, std::index_sequence<K...>) {
         kernel(*static_cast<A*>(args[K])...);
     }
-    static void call(void (*kernel)(A...), void** args) { call(kernel, args, std::index_sequence_for<A...>()); }
+    static void call(void (*kernel)(A...), void** args) {
+        call(kernel, args, std::index_sequence_for<A...>());
+    }
 };
 template <class... A>
 Kernel<A...> kernel_of(void (*)(A...));

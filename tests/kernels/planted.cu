@@ -10,7 +10,9 @@ __device__ void reverse_block(const REAL* from, REAL* to) {
     to[threadIdx.x] = shared[blockDim.x - 1 - threadIdx.x];
 }
 extern "C" __global__ void reversed(const REAL* from, REAL* to) { reverse_block<true>(from, to); }
-extern "C" __global__ void reversed_without_barrier(const REAL* from, REAL* to) { reverse_block<false>(from, to); }
+extern "C" __global__ void reversed_without_barrier(const REAL* from, REAL* to) {
+    reverse_block<false>(from, to);
+}
 
 // The second barrier keeps a fast thread from overwriting what a slow one has not read.
 template <bool SYNC>
@@ -25,7 +27,9 @@ __device__ void rotate_block(const REAL* from, REAL* to, long long times) {
     }
     to[threadIdx.x] = x;
 }
-extern "C" __global__ void rotated(const REAL* from, REAL* to, long long n) { rotate_block<true>(from, to, n); }
+extern "C" __global__ void rotated(const REAL* from, REAL* to, long long n) {
+    rotate_block<true>(from, to, n);
+}
 extern "C" __global__ void rotated_without_second_barrier(const REAL* from, REAL* to, long long n) {
     rotate_block<false>(from, to, n);
 }

@@ -1,10 +1,10 @@
 """Kernels for CuPy arrays: a matrix product and one fused kernel a time step.
 
-What shapes the code:
+Nothing here has been measured on a GPU yet. What shapes the code:
 
-- A launch costs the host some microseconds, often more than a step costs the device, so launches are what
-  counts: 2 a step, 4 with a projection, and a few around the loop. Nothing is sliced or allocated in a loop;
-  a kernel gets whole arrays and the number t of the step.
+- A launch takes the host some microseconds, in which the device could do many a step. So there are few: 2 a
+  step, 4 with a projection, and a few around the loop. Nothing is sliced or allocated in a loop; a kernel
+  gets whole arrays and the number t of the step.
 - The product with W_hh is added to gates[t] by cuBLAS itself, and on the way back that with d_gates[t] to the
   gradient of h: no buffer in between. A GRU alone needs one, since its reset gate multiplies the product.
 - h and c advance in place. With `lengths` a sequence that is over is left alone, whatever is computed for it.

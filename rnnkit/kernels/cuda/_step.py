@@ -12,7 +12,7 @@ from . import _loader
 Step = Callable[[int], None]
 
 _WARP = 32
-# Few enough that a batch of a few dozen rows still spreads over the device's hundred multiprocessors.
+# Few enough that a batch of a few dozen rows spreads over a hundred multiprocessors; to be measured.
 _THREADS = 128
 # 16 bytes of float32, the longest load of a thread; the halves then travel by 8, doubles by twice 16.
 _VECTOR = 4

@@ -2,10 +2,10 @@
 
 #include "common.cuh"
 
-// d_table (V, N) from d_rows (M, N), of which row m belongs to the table's row index[m]: each block adds up all
-// that belong to its one row, in the order of m, so that the sum is always the same. It looks through the index by
-// as many entries as it has threads, and needs shared memory for one int a thread and one a warp.
-// The threads of a block are a multiple of 32.
+// d_table (V, N) from d_rows (M, N), of which row m belongs to the table's row index[m]: each block adds up
+// all that belong to its one row, in the order of m, so that the sum is always the same. It looks through the
+// index by as many entries as it has threads, a multiple of 32, and needs shared memory for one int a thread
+// and one a warp.
 extern "C" __global__ void embedding_backward(
     const STORE* d_rows, const long long* index, STORE* d_table, long long M, long long N) {
     SHARED(int, counts);  // one a warp

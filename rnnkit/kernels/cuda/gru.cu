@@ -43,13 +43,14 @@ extern "C" __global__ void gru_forward(
     store(w_n, recurrent_n + step_row * H + j);
 }
 
-// Turns the activated gates[t] (B, 3H) into their gradient and recurrent_n[t] (B, H) into its own; d_w (B, 3H)
-// is the gradient of the product. What arrives at h is d_h (B, H) + d_output[t]; d_h is left with the part that
-// goes past the product, for the rest to be added to. A sequence without this step has no gradient here, and
-// its d_h waits. The h before this step is found in the output, for a sequence's first step in h_0.
+// Turns the activated gates[t] (B, 3H) into their gradient and recurrent_n[t] (B, H) into its own; d_w
+// (B, 3H) is the gradient of the product. What arrives at h is d_h (B, H) + d_output[t]; d_h is left with the
+// part that goes past the product, for the rest to be added to. A sequence without this step has no gradient
+// here, and its d_h waits. The h before this step is found in the output, for a sequence's first step in h_0.
 extern "C" __global__ void gru_backward(
     REAL* gates, REAL* recurrent_n, const STORE* output, const STORE* h_0, REAL* d_w, REAL* d_h,
-    const STORE* d_output, const long long* lengths, long long T, long long reverse, long long H, long long t) {
+    const STORE* d_output, const long long* lengths, long long T, long long reverse, long long H,
+    long long t) {
     const long long j = column(), b = row(), step_row = t * rows() + b, at = b * H + j;
     if (j >= H) return;
     REAL* const a = gates + step_row * 3 * H + j;

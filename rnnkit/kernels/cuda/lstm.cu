@@ -113,7 +113,8 @@ extern "C" __global__ void lstm_project(
     store(h_t, y);
 }
 
-// Before it, on the way back: what arrives at h, d_h (B, P) + d_output[t], goes to d_projected[t]; d_h is left zero.
+// Before it, on the way back: what arrives at h, d_h (B, P) + d_output[t], goes to d_projected[t]; d_h is
+// left zero.
 extern "C" __global__ void lstm_project_backward(
     REAL* d_h, const STORE* d_output, REAL* d_projected, const long long* lengths, long long P, long long t) {
     const long long j = column(), at = row() * P + j, here = t * rows() * P + at;

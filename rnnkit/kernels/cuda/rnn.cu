@@ -1,4 +1,5 @@
-// One time step of a simple RNN around its matrix product. Shapes in the letters of rnnkit._typing; t is the step.
+// One time step of a simple RNN around its matrix product. Shapes in the letters of rnnkit._typing; t is the
+// step.
 
 #include "common.cuh"
 
