@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 
-from ._array import Backend, dtype_name, is_integer, namespace_of, resolve_backend, to_numpy
+from ._array import Backend, dtype_name, is_real, namespace_of, resolve_backend, to_numpy
 from ._random import uniform
 from ._typing import Array
 from .kernels import Case, kernels_for
@@ -152,10 +152,9 @@ def load_into(params: ParameterDict, values: Mapping[str, Any], backend: Backend
         value = values[name]
         if not backend.owns(value):
             value = np.asarray(value) if isinstance(value, (list, tuple, float)) else to_numpy(value)
-        xp = namespace_of(value)
         if tuple(value.shape) != tuple(parameter.shape):
             raise ValueError(f"{name} must have shape {tuple(parameter.shape)}, got {tuple(value.shape)}")
-        if is_integer(value) or not xp.isdtype(value.dtype, "real floating"):
+        if not is_real(value):
             raise TypeError(f"{name} must hold floating-point numbers, got dtype {value.dtype}")
         with np.errstate(over="ignore"):  # what overflows in this dtype is found below
             if backend.owns(value):

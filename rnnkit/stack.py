@@ -181,6 +181,7 @@ class Stack(Layer):
         lines = [f"{self!r}"]
         for name in names_of(self._cell):
             lines.append(f"  {name}: {kernels.modules[name]}")
+            lines += [f"    {note}" for note in [kernels.note(name)] if note]
             lines += [f"    not {module}: {reason}" for module, reason in kernels.refused[name].items()]
         return "\n".join(lines)
 

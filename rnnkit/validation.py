@@ -151,4 +151,5 @@ def zero_padding(x: Array, lengths: Array) -> Array:
     """Return x (T, B, ...) with zeros behind each sequence's end, whatever lies there, NaN included."""
     xp = namespace_of(x)
     mask = xp.reshape(padding_mask(x.shape[0], lengths), (*x.shape[:2], *(1 for _ in x.shape[2:])))
-    return xp.where(mask, x, xp.zeros_like(x))
+    # CuPy's where knows no bfloat16 and gives float32.
+    return xp.astype(xp.where(mask, x, xp.zeros_like(x)), x.dtype, copy=False)

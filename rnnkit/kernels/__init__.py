@@ -17,7 +17,8 @@ case; a faster module defines any subset of the same names, with the same argume
     adam(flat, d_flat, mean, square, *, betas, steps, lr, eps, weight_decay): in place
     matmul(a, b, out=None) -> a @ b, 2-D, in `out` if given: the large products before and after a scan
 
-and ``why_not(name, case)``, None where it can serve the case and otherwise the reason, in a few words.
+and ``why_not(name, case)``, None where it can serve the case and otherwise the reason, in a few words. It may
+have ``note(name, case)``, a line for `explain()` on what the numbers depend on, or None.
 A scan's forward and backward always come from the same module, since `saved` is its own business.
 
 What a kernel may rely on: arguments were validated; all arrays are in C order, of the layer's dtype, but
@@ -42,6 +43,7 @@ __all__ = ["Case", "Kernels", "kernels_for", "names_of"]
 # Fastest first. What is not listed has the reference alone.
 _MODULES: dict[str, tuple[str, ...]] = {
     "numpy": ("numba", "numpy", "reference"),
+    "cupy": ("cuda", "reference"),
     "torch": ("torch", "reference"),
 }
 
@@ -50,6 +52,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
 class Kernels:
     """The kernels that serve a case: functions by name, the module of each, and why not a faster one."""
 
+    case: Case
     functions: dict[str, Callable[..., Any]]
     modules: dict[str, str]
     refused: dict[str, dict[str, str]]
@@ -57,6 +60,11 @@ class Kernels:
     def __getitem__(self, name: str) -> Callable[..., Any]:
         """Return the function of that name."""
         return self.functions[name]
+
+    def note(self, name: str) -> str | None:
+        """Return what the module of that kernel has to say about its numbers now, or None."""
+        say = getattr(_load(self.modules[name]), "note", None)
+        return say(name, self.case) if say else None
 
 
 def names_of(cell: str) -> tuple[str, ...]:
@@ -105,7 +113,7 @@ def _choose(namespace: str, case: Case, only: str) -> Kernels:
                 modules[name] = module_name
             else:
                 refused[name][module_name] = reason
-    return Kernels(functions, modules, refused)
+    return Kernels(case, functions, modules, refused)
 
 
 def _serves(module_name: str, names: tuple[str, ...], case: Case) -> str | None:
@@ -113,7 +121,7 @@ def _serves(module_name: str, names: tuple[str, ...], case: Case) -> str | None:
     try:
         module = _load(module_name)
     except ImportError as error:
-        return f"{error.name} is not installed"
+        return f"{error.name} is not installed" if error.name else str(error).partition("\n")[0]
     for name in names:
         if not hasattr(module, name):
             return f"has no {name}"

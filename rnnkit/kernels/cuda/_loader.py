@@ -1,0 +1,148 @@
+"""From a `.cu` file to a function that launches a kernel, and matrix products without an allocation.
+
+The only file that imports CuPy; all else in this package is written against the namespace of its arrays and
+calls `kernel`, `product` and `address`. So the tests can put a device made of threads of the host in CuPy's
+place. Everything goes to the current stream of the current device, and nothing here waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import cupy
+import numpy as np
+from cupy_backends.cuda.libs import cublas
+
+from ..._typing import Array
+from ._source import FOLDER, options, source
+
+Launch = Callable[..., None]
+
+
+@cache
+def kernel(file: str, name: str, dtype: str, vector: int = 1) -> Launch:
+    """Return ``launch(grid, block, args, shared=0)`` of a kernel; it is compiled on first use.
+
+    Parameters
+    ----------
+    file, name : str
+        The `.cu` file without its ending, and a kernel in it.
+    dtype : str
+        Of the variant: "float32" and so on.
+    vector : int
+        How many neighbouring elements a thread works on.
+
+    Notes
+    -----
+    `args` are arrays, None for a null pointer, and Python integers and floats, which arrive as long long and
+    double. An array is its address: strides are not seen. `shared` is dynamic shared memory in bytes.
+    """
+    raw = _module(file, dtype, vector).get_function(name)
+
+    def launch(grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared: int = 0) -> None:
+        raw(grid, block, args, shared_mem=shared)
+
+    return launch
+
+
+@cache
+def _module(file: str, dtype: str, vector: int) -> Any:
+    return cupy.RawModule(code=source(FOLDER / f"{file}.cu"), options=options(dtype, vector))
+
+
+def address(array: Array) -> int:
+    """Return where an array's first element lies."""
+    return int(array.data.ptr)
+
+
+# ---------------------------------------------------------------------------------- matrix products
+
+_CUDA_TYPES = {
+    "float32": cupy.cuda.runtime.CUDA_R_32F,
+    "float64": cupy.cuda.runtime.CUDA_R_64F,
+    "float16": cupy.cuda.runtime.CUDA_R_16F,
+    "bfloat16": cupy.cuda.runtime.CUDA_R_16BF,
+}
+# cuBLAS reads its factors through pointers to the host, in the type that it computes in.
+_FACTORS = {dtype: {k: np.array(k, dtype) for k in (0, 1)} for dtype in ("float32", "float64")}
+
+
+def product(a: Array, b: Array, out: Array, *, add: bool = False) -> Callable[[int], None]:
+    """Return a function that computes ``out = a @ b``, or with `add` ``out += a @ b``, for a time step.
+
+    Parameters
+    ----------
+    a : array (M, K) or (T, M, K)
+    b : array (K, N)
+        Of a's dtype. Matrices may be transposed: in C or Fortran order.
+    out : array (M, N) or (T, M, N)
+        In C order; of a's dtype, but float32 where that is a half precision, and so are the sums.
+
+    Returns
+    -------
+    callable
+        Of t, which chooses a[t] and out[t] where they have an axis T.
+
+    Notes
+    -----
+    `cupy.matmul` rearranges its operands anew at every call, allocates where `out` differs from them in
+    dtype, and cannot add. So this calls cuBLAS with addresses, as CuPy itself does in the end. The precision
+    of float32 products is CuPy's setting at the time.
+    """
+    (M, K), N = a.shape[-2:], b.shape[1]
+    if not (M and N and K):  # which cuBLAS's manual leaves open
+        return lambda t: None if add else (out[t] if out.ndim == 3 else out).fill(0)
+    op_a, ld_a = _layout(a)
+    op_b, ld_b = _layout(b)
+    a_type, out_type = _CUDA_TYPES[str(a.dtype)], _CUDA_TYPES[str(out.dtype)]
+    factors = _FACTORS[str(out.dtype)]
+    one, beta = factors[1].ctypes.data, factors[int(add)].ctypes.data
+    from_a, from_b, to = address(a), address(b), address(out)
+    step_a = a.strides[0] if a.ndim == 3 else 0
+    step_out = out.strides[0] if out.ndim == 3 else 0
+    compute, algorithm = _compute_type(a.dtype), cublas.CUBLAS_GEMM_DEFAULT
+    handle = cupy.cuda.device.get_cublas_handle()
+
+    def multiply(t: int, _alive: tuple[Array, ...] = (a, b, out)) -> None:
+        # _alive: an address keeps no array, and CuPy would give a widened copy's memory to the next one.
+        # In Fortran order, which is cuBLAS's, these are the transposes: out^T = b^T a^T.
+        cublas.gemmEx(
+            handle, op_b, op_a, N, M, K, one, from_b, a_type, ld_b, from_a + t * step_a, a_type, ld_a,
+            beta, to + t * step_out, out_type, N, compute, algorithm,
+        )  # fmt: skip
+
+    return multiply
+
+
+def _layout(matrix: Array) -> tuple[int, int]:
+    """Return cuBLAS's operation and leading dimension of (the steps of) a matrix, seen in Fortran order."""
+    rows, columns = matrix.shape[-2:]
+    row, column = (stride // matrix.itemsize for stride in matrix.strides[-2:])
+    if (column == 1 or columns == 1) and (row == columns or rows == 1):
+        return cublas.CUBLAS_OP_N, max(1, columns)
+    if not (row == 1 or rows == 1) or not (column == rows or columns == 1):
+        raise ValueError(f"a matrix {matrix.shape} with strides {matrix.strides} is in neither order")
+    return cublas.CUBLAS_OP_T, max(1, rows)
+
+
+def _compute_type(dtype: Any) -> Any:
+    """Return cuBLAS's compute type for operands of this dtype, as CuPy would choose it."""
+    setting, wide = precision(dtype), str(dtype) == "float64"
+    if setting == "PEDANTIC":
+        return cublas.CUBLAS_COMPUTE_64F_PEDANTIC if wide else cublas.CUBLAS_COMPUTE_32F_PEDANTIC
+    if wide:
+        return cublas.CUBLAS_COMPUTE_64F
+    rounded = setting == "TF32" and str(dtype) == "float32"  # cuBLAS refuses it for half precision
+    return cublas.CUBLAS_COMPUTE_32F_FAST_TF32 if rounded else cublas.CUBLAS_COMPUTE_32F
+
+
+def precision(dtype: Any) -> str:
+    """Return the name of CuPy's setting for products of the dtype: "DEFAULT", "TF32", "PEDANTIC" and so on.
+
+    CuPy reads the environment variable CUPY_TF32 once, at the first product; `cupy._core.set_compute_type`
+    changes the setting later.
+    """
+    setting = cupy._core.get_compute_type(dtype)
+    return str(cupy._core._routines_linalg.compute_type_to_str(setting)).removeprefix("COMPUTE_TYPE_")

@@ -1,0 +1,89 @@
+"""The LSTM of the CUDA kernels; the package explains how they work."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..._array import namespace_of
+from ..._typing import Array
+from ._loader import product
+from ._step import Step, copy_as, elementwise, run, steps
+
+
+class LSTMSaved(NamedTuple):
+    """What `lstm_backward` needs: gates (T, B, 4H) after their nonlinearity, c_prev (T, B, H)."""
+
+    gates: Array
+    c_prev: Array
+    lengths: Array | None
+    reverse: bool
+
+
+def lstm_forward(
+    gates: Array, h_0: Array, c_0: Array, weight_hh: Array, *, weight_hr: Array | None = None,
+    lengths: Array | None = None, reverse: bool = False, save: bool = True,
+) -> tuple[Array, Array, Array, LSTMSaved | None]:  # fmt: skip
+    """Return output (T, B, P), h_n (B, P), c_n (B, H) and what the backward scan needs."""
+    xp, dtype = namespace_of(gates), str(h_0.dtype)
+    (T, B, _), (_, P), (_, H) = gates.shape, h_0.shape, c_0.shape
+    h, c = copy_as(h_0, h_0.dtype), copy_as(c_0, c_0.dtype)
+    output = xp.empty((T, B, P), dtype=h_0.dtype)
+    c_prev = xp.empty((T, B, H), dtype=gates.dtype) if save else None
+    m = None if weight_hr is None else xp.empty((B, H), dtype=gates.dtype)
+
+    calls = [
+        product(h, weight_hh.T, gates, add=True),
+        elementwise("lstm", "lstm_forward", dtype, B, H, (gates, c, c_prev, h, output, m, lengths)),
+    ]
+    if weight_hr is not None:
+        calls += _projection(m, weight_hr, h, output, lengths)
+    run(steps(gates, reverse), *calls)
+    saved = LSTMSaved(gates, c_prev, lengths, reverse) if save else None
+    return output, h, c, saved
+
+
+def _projection(m: Array, weight_hr: Array, h: Array, output: Array, lengths: Array | None) -> list[Step]:
+    """Return the calls that turn m (B, H) into h (B, P) and output[t]."""
+    (B, P), dtype = h.shape, str(h.dtype)
+    projected = namespace_of(m).empty((B, P), dtype=m.dtype)
+    weight = namespace_of(m).astype(weight_hr, m.dtype, copy=False)
+    return [
+        product(m, weight.T, projected),
+        elementwise("lstm", "lstm_project", dtype, B, P, (projected, h, output, lengths)),
+    ]
+
+
+def lstm_backward(
+    saved: LSTMSaved, weight_hh: Array, d_output: Array, d_h_n: Array, d_c_n: Array, *,
+    weight_hr: Array | None = None,
+) -> tuple[Array, ...]:  # fmt: skip
+    """Return d_gates (T, B, 4H), d_h_0 (B, P), d_c_0 (B, H) and, given weight_hr, d_weight_hr (P, H)."""
+    gates, c_prev, lengths, reverse = saved
+    xp, dtype = namespace_of(gates), str(d_output.dtype)
+    (T, B, P), H = d_output.shape, c_prev.shape[2]
+    d_h, d_c = copy_as(d_h_n, gates.dtype), copy_as(d_c_n, gates.dtype)
+    weight = xp.astype(weight_hh, gates.dtype, copy=False)
+
+    calls: list[Step] = []
+    d_m = None
+    if weight_hr is not None:
+        d_m = xp.empty((B, H), dtype=gates.dtype)
+        d_projected = xp.empty((T, B, P), dtype=gates.dtype)
+        incoming = (d_h, d_output, d_projected, lengths)
+        calls += [
+            elementwise("lstm", "lstm_project_backward", dtype, B, P, incoming),
+            product(d_projected, xp.astype(weight_hr, gates.dtype, copy=False), d_m),
+        ]
+    arrays = (gates, c_prev, d_c, d_h, d_output, d_m, lengths)
+    calls += [
+        elementwise("lstm", "lstm_backward", dtype, B, H, arrays),
+        product(gates, weight, d_h, add=True),
+    ]
+    run(steps(gates, not reverse), *calls)
+    results = gates, xp.astype(d_h, d_h_n.dtype, copy=False), d_c
+    if weight_hr is None:
+        return results
+    d_weight_hr = xp.empty((P, H), dtype=gates.dtype)
+    unprojected = xp.reshape(c_prev, (T * B, H))  # what the kernel left there
+    product(xp.reshape(d_projected, (T * B, P)).T, unprojected, d_weight_hr)(0)
+    return *results, xp.astype(d_weight_hr, weight_hr.dtype, copy=False)

@@ -1,0 +1,311 @@
+"""A device without a GPU: the `cuda` kernels on NumPy arrays, their `.cu` files compiled by g++.
+
+`on_host` returns a second copy of `rnnkit.kernels.cuda` that finds a `HostDevice` where it looks for CuPy:
+the same Python, the same kernel source, cuBLAS replaced by NumPy behind the same call with addresses. What it
+can show and what it cannot is said in tests/kernels/host.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from functools import cache
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import rnnkit.kernels
+
+HERE = Path(__file__).parent / "kernels"
+PACKAGE = Path(rnnkit.kernels.__file__).parent / "cuda"
+FENCE = 64  # bytes on either side of an array that nobody may write
+ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
+LETTERS = {
+    np.dtype(kind): letter
+    for kind, letter in [
+        (np.float32, "f"), (np.float64, "d"), (np.float16, "h"), (ml_dtypes.bfloat16, "b"), (np.int64, "q"),
+    ]
+}  # fmt: skip
+# Where one of these is called every thread must have a fiber, which takes time.
+WAITS = re.compile(r"__sync|__shfl|__ballot|__any|__all|barrier|SHARED|__nanosleep")
+MACROS = re.compile(r"^#.*(?:\\\n.*)*$", re.MULTILINE)
+
+
+# ------------------------------------------------------------------------------- memory with fences
+
+
+class Memory(np.ndarray):
+    """Bytes that hold an array and a fence on either side of it."""
+
+    def __del__(self) -> None:
+        if self.base is None:  # what is read after this is NaN, at least until others get the memory
+            self[...] = 0xFF
+
+
+def fenced(shape: Any, dtype: Any) -> np.ndarray:
+    """Return an array full of NaN, aligned as on a device, with a fence of NaN around it."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = Memory(size + 3 * FENCE, np.uint8)
+    memory[...] = 0xFF
+    start = FENCE + -memory.ctypes.data % FENCE
+    memory.start, memory.stop = start, start + size
+    return np.ndarray(shape, dtype, buffer=memory, offset=start)
+
+
+def fences_hold(array: np.ndarray) -> bool:
+    """Whether nobody wrote around the array; memory that is not ours has no fence and cannot tell."""
+    memory = array.base
+    while memory is not None and not isinstance(memory, Memory):
+        memory = memory.base
+    if memory is None:
+        return True
+    here = memory.ctypes.data
+    before, behind = ctypes.string_at(here, memory.start), ctypes.string_at(here + memory.stop, FENCE)
+    return before.count(0xFF) == memory.start and behind.count(0xFF) == FENCE
+
+
+class PoisonedNumPy:
+    """NumPy, but new memory is fenced and full of NaN: what nobody wrote must not pass for a result."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    def empty(self, shape: Any, dtype: Any = np.float64) -> np.ndarray:
+        return fenced(shape, dtype)
+
+    def astype(self, array: np.ndarray, dtype: Any, *, copy: bool = True) -> np.ndarray:
+        if array.dtype == dtype and not copy:
+            return array
+        result = fenced(array.shape, dtype)
+        result[...] = array
+        return result
+
+
+# ---------------------------------------------------------------------------------------- the device
+
+
+class HostDevice:
+    """Stands in for CuPy: its `RawModule` and its cuBLAS.
+
+    Attributes
+    ----------
+    order : str
+        In which order threads and blocks take turns: "forward", "reverse" or "shuffled".
+    launches : list of str
+        The kernels launched and products made since it was last cleared.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.order, self.seed = "forward", 0
+        self.launches: list[str] = []
+        self._lock = threading.RLock()
+        _compile(["-c", str(HERE / "host.cpp")], folder / "host.o")
+
+    def raw_module(self, *, code: str, options: tuple[str, ...], **cooperative: bool) -> SimpleNamespace:
+        """Stand in for `cupy.RawModule`."""
+        name = hashlib.sha256(repr((code, options)).encode()).hexdigest()[:16]
+        main, target = self.folder / f"{name}.cpp", self.folder / f"{name}.so"
+        kernels = re.findall(r"__global__\s+void\s+(\w+)\s*\(", code)
+        with self._lock:
+            if not target.exists():
+                exports = "\n".join(f"EXPORT({kernel})" for kernel in kernels)
+                main.write_text(f'#include "{HERE / "host.h"}"\n{code}\n{exports}\n')
+                _compile(["-shared", *options, str(main), str(self.folder / "host.o")], target)
+        library = ctypes.CDLL(str(target))
+        library.host_run.restype = ctypes.c_char_p
+        mode = (
+            2
+            if cooperative.get("enable_cooperative_groups")
+            else int(bool(WAITS.search(MACROS.sub("", code))))
+        )
+        (vector,) = (int(option.partition("=")[2]) for option in options if option.startswith("-DVECTOR"))
+        return SimpleNamespace(get_function=lambda kernel: self._function(library, kernel, mode, vector))
+
+    def _function(self, library: ctypes.CDLL, name: str, mode: int, vector: int) -> Any:
+        entry, describe = getattr(library, f"{name}_call"), getattr(library, f"{name}_signature")
+        describe.restype = ctypes.c_char_p
+        kinds, letters = describe().decode().split("|")
+        pointers_type = ctypes.c_void_p * len(kinds)  # to make a type costs more than a launch
+
+        def launch(grid: Any, block: Any, args: tuple[Any, ...], shared_mem: int = 0) -> None:
+            assert len(args) == len(kinds), f"{name} takes {len(kinds)} arguments, got {len(args)}"
+            values = [
+                _value(f"argument {k} of {name}", vector, *each)
+                for k, each in enumerate(zip(args, kinds, letters, strict=True))
+            ]
+            pointers = pointers_type(*[ctypes.addressof(value) for value in values])
+            assert all(grid), f"{name}: a grid {grid} without blocks"
+            assert math.prod(block) <= 1024, f"{name}: a block {block} of more than 1024 threads"
+            shape = [SIZES(*size, *[1] * (3 - len(size))) for size in (grid, block)]
+            with self._lock:
+                self.launches.append(name)
+                self.seed += 1
+                error = library.host_run(
+                    entry, pointers, *shape, ctypes.c_size_t(shared_mem), mode, ORDERS[self.order],
+                    ctypes.c_uint(self.seed),
+                )  # fmt: skip
+            assert error is None, f"{name}: {error.decode()}"
+            for k, arg in enumerate(args):
+                assert not isinstance(arg, np.ndarray) or fences_hold(arg), (
+                    f"{name} wrote beyond argument {k}"
+                )
+
+        return launch
+
+    def gemm(
+        self, handle: int, op_a: int, op_b: int, m: int, n: int, k: int, alpha: int, a: int, a_type: int,
+        ld_a: int, b: int, b_type: int, ld_b: int, beta: int, c: int, c_type: int, ld_c: int, compute: int,
+        algorithm: int,
+    ) -> None:  # fmt: skip
+        """Stand in for cublasGemmEx: c (m, n) = alpha op(a) op(b) + beta c, by address, in Fortran order."""
+        assert handle == HANDLE
+        kind = np.dtype(TYPES[c_type])
+        assert (a_type, c_type, compute) in COMPUTES, "cuBLAS has no such product"
+        assert a_type == b_type
+        left = _matrix(a, a_type, *((m, k) if op_a == 0 else (k, m)), ld_a)
+        right = _matrix(b, b_type, *((k, n) if op_b == 0 else (n, k)), ld_b)
+        out = _matrix(c, c_type, m, n, ld_c)
+        assert not np.shares_memory(out, left)
+        assert not np.shares_memory(out, right)
+        one, factor = (np.ctypeslib.as_array((FACTOR[kind.name]).from_address(p)) for p in (alpha, beta))
+        assert one == 1
+        product = (left.T if op_a else left).astype(kind) @ (right.T if op_b else right).astype(kind)
+        with self._lock:
+            self.launches.append("product")
+        out[...] = product + out if factor else product
+
+
+SIZES = ctypes.c_uint * 3
+HANDLE = 4711
+TYPES = {0: np.float32, 1: np.float64, 2: np.float16, 14: ml_dtypes.bfloat16}  # cudaDataType_t
+FACTOR = {"float32": ctypes.c_float, "float64": ctypes.c_double}
+# What cublasGemmEx allows, of what is used: type of a and b, of c, compute type.
+COMPUTES = {(0, 0, "32F"), (0, 0, "32F_FAST_TF32"), (2, 0, "32F"), (14, 0, "32F"), (1, 1, "64F")}
+
+
+def _matrix(address: int, kind: int, rows: int, columns: int, leading: int) -> np.ndarray:
+    """Return the memory at an address as a matrix in Fortran order."""
+    dtype = np.dtype(TYPES[kind])
+    assert leading >= max(1, rows), f"leading dimension {leading} of {rows} rows"
+    if not rows or not columns:
+        return np.zeros((rows, columns), dtype)
+    size = (leading * (columns - 1) + rows) * dtype.itemsize
+    memory = (ctypes.c_char * size).from_address(address)
+    return np.ndarray((rows, columns), dtype, memory, strides=(dtype.itemsize, leading * dtype.itemsize))
+
+
+def _value(where: str, vector: int, arg: Any, kind: str, letter: str) -> Any:
+    """Return the C value of an argument, which must be what the kernel declares: a GPU would not notice."""
+    if kind == "=":
+        assert type(arg) is {"q": int, "d": float}.get(letter), f"{where} is {letter!r}, got {arg!r}"
+        return ctypes.c_longlong(arg) if letter == "q" else ctypes.c_double(arg)
+    if arg is None:
+        return ctypes.c_void_p()
+    assert isinstance(arg, np.ndarray), f"{where} is a pointer, got {arg!r}"
+    assert arg.flags.c_contiguous, f"{where} is not in C order"
+    assert LETTERS[arg.dtype] == letter, f"{where} points to {letter!r}, got {arg.dtype}"
+    assert kind == "&" or arg.flags.writeable, f"{where} would be written, but is an input"
+    address = arg.ctypes.data
+    aligned = letter == "q" or address % min(16, vector * arg.itemsize) == 0
+    assert aligned, f"{where} lies at an address from which no {vector} elements can be loaded at once"
+    return ctypes.c_void_p(address)
+
+
+def _compile(arguments: list[str], target: Path) -> None:
+    command = [
+        str(shutil.which("g++")), "-std=c++17", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas",
+        *arguments, "-o", str(target),
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+# ----------------------------------------------------------------------------- a copy of the package
+
+
+def require_compiler() -> None:
+    """Skip the test where there is no g++; in CI, which must have one, fail."""
+    if shutil.which("g++") is None:
+        if os.environ.get("RNNKIT_REQUIRE_ORACLE") == "1":
+            pytest.fail("g++ is missing, which the tests of the CUDA kernels need")
+        pytest.skip("no g++: the CUDA kernels are tested on the host with it")
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="rnnkit-host-device-")
+
+
+def on_host() -> ModuleType:
+    """Return `rnnkit.kernels.cuda` on the host; its `device` is the `HostDevice`."""
+    require_compiler()
+    return _on_host()
+
+
+@cache
+def _on_host() -> ModuleType:
+    name = "rnnkit.kernels.cuda_on_host"
+    device = HostDevice(Path(_folder().name))
+    with mock.patch.dict(sys.modules, _stand_ins(device)):
+        module = _load(name, PACKAGE / "__init__.py", [str(PACKAGE)])
+    sys.modules.update(module.parts)
+    for part in module.parts.values():
+        if hasattr(part, "namespace_of"):
+            part.namespace_of = lambda array: PoisonedNumPy()
+    module.parts[f"{name}._loader"].address = lambda array: array.ctypes.data
+    module.device = device
+    return module
+
+
+def _load(name: str, path: Path, folders: list[str] | None = None) -> ModuleType:
+    """Import a file under a name of its own; `parts` is what it imports from its folders."""
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=folders)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    module.parts = {key: value for key, value in sys.modules.items() if key.startswith(name)}
+    return module
+
+
+def _stand_ins(device: HostDevice) -> dict[str, Any]:
+    """Return the modules that `_loader` imports."""
+    settings = SimpleNamespace(compute_type_to_str=lambda setting: f"COMPUTE_TYPE_{setting}")
+    kinds = {"CUDA_R_32F": 0, "CUDA_R_64F": 1, "CUDA_R_16F": 2, "CUDA_R_16BF": 14}
+    computes = ("32F", "32F_FAST_TF32", "32F_PEDANTIC", "64F", "64F_PEDANTIC")
+    cublas = SimpleNamespace(
+        gemmEx=device.gemm, CUBLAS_OP_N=0, CUBLAS_OP_T=1, CUBLAS_GEMM_DEFAULT=-1,
+        **{f"CUBLAS_COMPUTE_{compute}": compute for compute in computes},
+    )  # fmt: skip
+    cupy = SimpleNamespace(
+        RawModule=device.raw_module,
+        cuda=SimpleNamespace(
+            runtime=SimpleNamespace(**kinds), device=SimpleNamespace(get_cublas_handle=lambda: HANDLE)
+        ),
+        _core=SimpleNamespace(get_compute_type=lambda dtype: "DEFAULT", _routines_linalg=settings),
+    )
+    packages = {name: ModuleType(name) for name in ("cupy_backends", "cupy_backends.cuda")}
+    return {"cupy": cupy, **packages, "cupy_backends.cuda.libs": SimpleNamespace(cublas=cublas)}
+
+
+@cache
+def kernel_source() -> ModuleType:
+    """Return `_source`, which needs no GPU library, without its package."""
+    return _load("rnnkit_kernel_source", PACKAGE / "_source.py")
