@@ -20,6 +20,7 @@ try:
     from numba.core import event
 
     from . import _blas, _pieces, _scans, _team
+    from ._atomic import POSSIBLE
     from ._simd import REGISTER_BYTES
     from ._threads import helped, run_tiles, thread_limit
 
@@ -230,7 +231,7 @@ class _Tiles:
         work = (T * B if lengths is None else int(lengths.sum())) * H * columns
         self._threads = thread_limit() if work > _SMALL else 1
         self._helpers = 0
-        if self._threads > B and B * H * columns > _SMALL_STEP and _team.POSSIBLE:
+        if self._threads > B and B * H * columns > _SMALL_STEP and POSSIBLE:
             blocks = -(-H // (2 * REGISTER_BYTES // 8))
             self._helpers = min(self._threads, blocks) - 1
         tiles = 1 if self._helpers and B else min(self._threads, B)
@@ -242,7 +243,9 @@ class _Tiles:
             order = np.argsort(-lengths, kind="stable")
             self._orders = [order[k::tiles].copy() for k in range(tiles)]
             self._steps = [lengths[part] for part in self._orders]
-        self._room = B * (columns + 128) * 2
+        lanes = 2 * REGISTER_BYTES // 4  # of float32; float64 has half of them
+        # h or d_z twice, and two states more, every row up to two vectors longer than it is.
+        self._room = 2 * B * (columns + H + 4 * lanes)
 
     def run(self, scan: Any, *args: Any) -> None:
         """Run the compiled scan on all tiles."""
@@ -252,7 +255,7 @@ class _Tiles:
                 len(self._orders), self._threads,
             )  # fmt: skip
             return
-        team, shared = _team.new_team(self._helpers), np.empty(self._room, args[2].dtype)
+        team, shared = _team.new_team(), _aligned(self._room, args[2].dtype)
         given = (self._orders[0], self._steps[0], *args, team, shared)
         with helped(self._helpers, lambda: scan(*given, False), lambda: _team.dissolve(team)):
             scan(*given, True)
@@ -267,9 +270,13 @@ def _flat(*arrays: Float) -> list[Float]:
 
 
 def _empty_panels(count: int, K: int, H: int, dtype: np.dtype[Any]) -> Float:
-    """Return room for `count` panels (K, lanes) a block of hidden units, at the start of a cache line."""
+    """Return room for `count` panels (K, lanes) a block of hidden units."""
     lanes = 2 * REGISTER_BYTES // dtype.itemsize
-    size = count * K * -(-H // lanes) * lanes
+    return _aligned(count * K * -(-H // lanes) * lanes, dtype)
+
+
+def _aligned(size: int, dtype: np.dtype[Any]) -> Float:
+    """Return room for that many numbers, at the start of a cache line."""
     room = np.empty(size + 64 // dtype.itemsize, dtype)
     skip = -room.__array_interface__["data"][0] % 64 // dtype.itemsize  # faster than .ctypes.data
     return room[skip : skip + size]

@@ -139,11 +139,11 @@ def rows_to_blocks(array: Any, order: Any, H: int, blocks: Any) -> None:
 
 
 @compiled  # type: ignore[untyped-decorator]
-def blocks_to_rows(blocks: Any, order: Any, H: int, low: int, high: int, array: Any) -> None:
-    """Copy the blocks low to high of (., rows, lanes) into rows of array (B, H)."""
+def blocks_to_rows(blocks: Any, order: Any, H: int, array: Any) -> None:
+    """Copy blocks (., rows, lanes) into rows of array (B, H)."""
     U, rows = lanes(array), order.size
     for r in range(rows):
-        for j in range(low, high):
+        for j in range((H + U - 1) // U):
             n = min(U, H - j * U)
             store_part(array, order[r] * H + j * U, load(blocks, (j * rows + r) * U), n)
 
@@ -159,14 +159,14 @@ def put_states(h_0: Any, order: Any, H: int, stride: int, h: Any) -> None:
 
 @compiled  # type: ignore[untyped-decorator]
 def final_states(
-    h: Any, order: Any, steps: Any, reverse: bool, H: int, stride: int, low: int, high: int, h_n: Any
+    h: Any, order: Any, steps: Any, reverse: bool, H: int, stride: int, h_n: Any
 ) -> None:
-    """Copy units low to high of the last states into h_n (B, H), from where each one's last step left it."""
+    """Copy the last states into h_n (B, H), from where each one's last step left it."""
     rows = order.size
     for r in range(rows):
         last = steps[0] if reverse else steps[r]
         at = ((last % 2) * rows + r) * stride
-        for k in range(low, min(high, H)):
+        for k in range(H):
             h_n[order[r] * H + k] = h[at + k]
 
 

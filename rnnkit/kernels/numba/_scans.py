@@ -5,9 +5,10 @@ as `order` (indices into the batch, longest first) and `steps` (how many each ha
 tile reads and writes only rows of its own sequences, so tiles may run at the same time.
 
 `team`, `shared` and `leader` are for several threads on one tile (see `_team`), each of which computes the
-blocks `low` to `high` of the hidden units. What all of them read, h or d_z, is in `shared`, twice: a step
-reads one half and writes the other, so that one meeting a step is enough. Nothing is allocated once
-`join` has returned: a member that failed would leave the others waiting.
+blocks `low` to `high` of the hidden units. Members may be more at the next step, so all states are in
+`shared`. What all of them read, h or d_z, is there twice: a step reads one half and writes the other, so that
+one meeting a step is enough. For the same reason a step back begins with the product that the step before it
+has left. Nothing is allocated after `enter`: a member that failed would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ._pieces import (
     still_active,
 )
 from ._simd import lanes, load, load_part, relu, store, store_part, tanh, where_positive
-from ._team import join, meet
+from ._team import enter, next_phase
 
 
 @compiled  # type: ignore[untyped-decorator]
@@ -41,19 +42,18 @@ def lstm_forward(
     """Compute output, h_n, c_n; with `save` also c_prev, and gates after their nonlinearity, in place."""
     U, b = lanes(gates), order.size
     blocks, stride = (H + U - 1) // U, row_stride(H, U)
-    h = shared if shared.size else np.empty(2 * b * stride, gates.dtype)
+    room = shared if shared.size else np.empty(2 * b * stride + blocks * b * U, gates.dtype)
+    h, c = room[: 2 * b * stride], room[2 * b * stride :]
     if leader:
         clear_padding(output, order, steps, T, B, H)
         put_states(h_0, order, H, stride, h)
-    c = np.empty(blocks * b * U, gates.dtype)
-    rows_to_blocks(c_0, order, H, c)
+        rows_to_blocks(c_0, order, H, c)
     z = np.empty(4 * b * U, gates.dtype)
-    me, members = join(team, leader)
-    if members < 1:
-        return
-    low, high = blocks * me // members, blocks * (me + 1) // members
-    active = 0
-    for step in range(steps[0]):
+    me, active = enter(team, leader), 0
+    phase, members = next_phase(team, me, 0, steps[0])
+    while phase <= steps[0]:
+        step = phase - 1
+        low, high = blocks * me // members, blocks * (me + 1) // members
         t = steps[0] - 1 - step if reverse else step
         active = still_active(active, steps, t)
         now, new = (step % 2) * b * stride, (1 - step % 2) * b * stride
@@ -84,9 +84,11 @@ def lstm_forward(
                     store_part(gates, at + 2 * H, g, n)
                     store_part(gates, at + 3 * H, o, n)
                     store_part(c_prev, to, c_old, n)
-        meet(team, members, step)
-    final_states(h, order, steps, reverse, H, stride, low * U, high * U, h_n)
-    blocks_to_rows(c, order, H, low, high, c_n)
+        phase, members = next_phase(team, me, phase, steps[0])
+    if me > 0:
+        return
+    final_states(h, order, steps, reverse, H, stride, h_n)
+    blocks_to_rows(c, order, H, c_n)
 
 
 @compiled  # type: ignore[untyped-decorator]
@@ -98,21 +100,27 @@ def lstm_backward(
     """Turn the saved gates into d_gates, in place; compute d_h_0 and d_c_0."""
     U, b = lanes(gates), order.size
     blocks, stride = (H + U - 1) // U, row_stride(4 * H, U)
+    state, twice = blocks * b * U, 2 * b * stride
+    room = shared if shared.size else np.empty(twice + 2 * state, gates.dtype)
+    d_z, d_h, d_c = room[:twice], room[twice : twice + state], room[twice + state :]
     if leader:
         clear_padding(gates, order, steps, T, B, 4 * H)
-    d_h, d_c = np.empty(blocks * b * U, gates.dtype), np.empty(blocks * b * U, gates.dtype)
-    rows_to_blocks(d_h_n, order, H, d_h)
-    rows_to_blocks(d_c_n, order, H, d_c)
-    d_z = shared if shared.size else np.empty(2 * b * stride, gates.dtype)
-    me, members = join(team, leader)
-    if members < 1:
-        return
-    low, high = blocks * me // members, blocks * (me + 1) // members
-    active = 0
-    for step in range(steps[0]):
+        rows_to_blocks(d_h_n, order, H, d_h)
+        rows_to_blocks(d_c_n, order, H, d_c)
+    me, active, last = enter(team, leader), 0, steps[0] + 1
+    phase, members = next_phase(team, me, 0, last)
+    while phase <= last:
+        step = phase - 1
+        low, high = blocks * me // members, blocks * (me + 1) // members
+        now, before = (step % 2) * b * stride, (1 - step % 2) * b * stride
         t = step if reverse else steps[0] - 1 - step
-        active = still_active(active, steps, t)
-        now = (step % 2) * b * stride
+        if step > 0:
+            active = still_active(active, steps, t - 1 if reverse else t + 1)
+            product(
+                d_z, before, stride, active, panels, low * 4 * H * U, 4 * H, high - low,
+                d_h, low * b * U, b * U, True,
+            )  # fmt: skip
+        active = still_active(active, steps, t) if phase < last else 0
         for r in range(active):
             row = t * B + order[r]
             for j in range(low, high):
@@ -137,13 +145,11 @@ def lstm_backward(
                 store_part(d_z, col + H, d_f, n)
                 store_part(d_z, col + 2 * H, d_g, n)
                 store_part(d_z, col + 3 * H, d_o, n)
-        meet(team, members, step)
-        product(
-            d_z, now, stride, active, panels, low * 4 * H * U, 4 * H, high - low,
-            d_h, low * b * U, b * U, True,
-        )  # fmt: skip
-    blocks_to_rows(d_h, order, H, low, high, d_h_0)
-    blocks_to_rows(d_c, order, H, low, high, d_c_0)
+        phase, members = next_phase(team, me, phase, last)
+    if me > 0:
+        return
+    blocks_to_rows(d_h, order, H, d_h_0)
+    blocks_to_rows(d_c, order, H, d_c_0)
 
 
 @compiled  # type: ignore[untyped-decorator]
@@ -160,12 +166,11 @@ def gru_forward(
         clear_padding(output, order, steps, T, B, H)
         put_states(h_0, order, H, stride, h)
     z = np.empty(3 * b * U, gates.dtype)
-    me, members = join(team, leader)
-    if members < 1:
-        return
-    low, high = blocks * me // members, blocks * (me + 1) // members
-    active = 0
-    for step in range(steps[0]):
+    me, active = enter(team, leader), 0
+    phase, members = next_phase(team, me, 0, steps[0])
+    while phase <= steps[0]:
+        step = phase - 1
+        low, high = blocks * me // members, blocks * (me + 1) // members
         t = steps[0] - 1 - step if reverse else step
         active = still_active(active, steps, t)
         now, new = (step % 2) * b * stride, (1 - step % 2) * b * stride
@@ -193,8 +198,10 @@ def gru_forward(
                     store_part(gates, at + H, update, n)
                     store_part(gates, at + 2 * H, candidate, n)
                     store_part(recurrent_n, to, w_n, n)
-        meet(team, members, step)
-    final_states(h, order, steps, reverse, H, stride, low * U, high * U, h_n)
+        phase, members = next_phase(team, me, phase, steps[0])
+    if me > 0:
+        return
+    final_states(h, order, steps, reverse, H, stride, h_n)
 
 
 @compiled  # type: ignore[untyped-decorator]
@@ -206,21 +213,26 @@ def gru_backward(
     """Turn the saved gates and recurrent_n into d_gates and d_recurrent_n, in place; compute d_h_0."""
     U, b = lanes(gates), order.size
     blocks, stride = (H + U - 1) // U, row_stride(3 * H, U)
+    room = shared if shared.size else np.empty(2 * b * stride + blocks * b * U, gates.dtype)
+    d_w, d_h = room[: 2 * b * stride], room[2 * b * stride :]
     if leader:
+        rows_to_blocks(d_h_n, order, H, d_h)
         clear_padding(gates, order, steps, T, B, 3 * H)
         clear_padding(recurrent_n, order, steps, T, B, H)
-    d_h = np.empty(blocks * b * U, gates.dtype)
-    rows_to_blocks(d_h_n, order, H, d_h)
-    d_w = shared if shared.size else np.empty(2 * b * stride, gates.dtype)
-    me, members = join(team, leader)
-    if members < 1:
-        return
-    low, high = blocks * me // members, blocks * (me + 1) // members
-    active = 0
-    for step in range(steps[0]):
+    me, active, last = enter(team, leader), 0, steps[0] + 1
+    phase, members = next_phase(team, me, 0, last)
+    while phase <= last:
+        step = phase - 1
+        low, high = blocks * me // members, blocks * (me + 1) // members
+        now, before = (step % 2) * b * stride, (1 - step % 2) * b * stride
         t = step if reverse else steps[0] - 1 - step
-        active = still_active(active, steps, t)
-        now = (step % 2) * b * stride
+        if step > 0:
+            active = still_active(active, steps, t - 1 if reverse else t + 1)
+            product(
+                d_w, before, stride, active, panels, low * 3 * H * U, 3 * H, high - low,
+                d_h, low * b * U, b * U, False,
+            )  # fmt: skip
+        active = still_active(active, steps, t) if phase < last else 0
         for r in range(active):
             row = t * B + order[r]
             t_prev = t + 1 if reverse else t - 1
@@ -247,12 +259,10 @@ def gru_backward(
                 store_part(d_w, col, d_r, n)
                 store_part(d_w, col + H, d_u, n)
                 store_part(d_w, col + 2 * H, d_w_n, n)
-        meet(team, members, step)
-        product(
-            d_w, now, stride, active, panels, low * 3 * H * U, 3 * H, high - low,
-            d_h, low * b * U, b * U, False,
-        )  # fmt: skip
-    blocks_to_rows(d_h, order, H, low, high, d_h_0)
+        phase, members = next_phase(team, me, phase, last)
+    if me > 0:
+        return
+    blocks_to_rows(d_h, order, H, d_h_0)
 
 
 @compiled  # type: ignore[untyped-decorator]
@@ -268,12 +278,11 @@ def rnn_forward(
         clear_padding(output, order, steps, T, B, H)
         put_states(h_0, order, H, stride, h)
     z = np.empty(4 * b * U, gates.dtype)
-    me, members = join(team, leader)
-    if members < 1:
-        return
-    low, high = blocks * me // members, blocks * (me + 1) // members
-    active = 0
-    for step in range(steps[0]):
+    me, active = enter(team, leader), 0
+    phase, members = next_phase(team, me, 0, steps[0])
+    while phase <= steps[0]:
+        step = phase - 1
+        low, high = blocks * me // members, blocks * (me + 1) // members
         t = steps[0] - 1 - step if reverse else step
         active = still_active(active, steps, t)
         now, new = (step % 2) * b * stride, (1 - step % 2) * b * stride
@@ -291,8 +300,10 @@ def rnn_forward(
                     h_new = relu(a) if rectified else tanh(a)
                     store(h, new + r * stride + j * U, h_new)
                     store_part(output, row + j * U, h_new, n)
-        meet(team, members, step)
-    final_states(h, order, steps, reverse, H, stride, low * U, high * U, h_n)
+        phase, members = next_phase(team, me, phase, steps[0])
+    if me > 0:
+        return
+    final_states(h, order, steps, reverse, H, stride, h_n)
 
 
 @compiled  # type: ignore[untyped-decorator]
@@ -303,20 +314,25 @@ def rnn_backward(
     """Compute d_gates and d_h_0."""
     U, b = lanes(d_gates), order.size
     blocks, stride = (H + U - 1) // U, row_stride(H, U)
+    room = shared if shared.size else np.empty(2 * b * stride + blocks * b * U, d_gates.dtype)
+    d_z, d_h = room[: 2 * b * stride], room[2 * b * stride :]
     if leader:
+        rows_to_blocks(d_h_n, order, H, d_h)
         clear_padding(d_gates, order, steps, T, B, H)
-    d_h = np.empty(blocks * b * U, d_gates.dtype)
-    rows_to_blocks(d_h_n, order, H, d_h)
-    d_z = shared if shared.size else np.empty(2 * b * stride, d_gates.dtype)
-    me, members = join(team, leader)
-    if members < 1:
-        return
-    low, high = blocks * me // members, blocks * (me + 1) // members
-    active = 0
-    for step in range(steps[0]):
+    me, active, last = enter(team, leader), 0, steps[0] + 1
+    phase, members = next_phase(team, me, 0, last)
+    while phase <= last:
+        step = phase - 1
+        low, high = blocks * me // members, blocks * (me + 1) // members
+        now, before = (step % 2) * b * stride, (1 - step % 2) * b * stride
         t = step if reverse else steps[0] - 1 - step
-        active = still_active(active, steps, t)
-        now = (step % 2) * b * stride
+        if step > 0:
+            active = still_active(active, steps, t - 1 if reverse else t + 1)
+            product(
+                d_z, before, stride, active, panels, low * H * U, H, high - low,
+                d_h, low * b * U, b * U, True,
+            )  # fmt: skip
+        active = still_active(active, steps, t) if phase < last else 0
         for r in range(active):
             row = (t * B + order[r]) * H
             for j in range(low, high):
@@ -326,9 +342,7 @@ def rnn_backward(
                 d_a = where_positive(h, d_a) if rectified else d_a * (1.0 - h * h)
                 store_part(d_gates, row + j * U, d_a, n)
                 store(d_z, now + r * stride + j * U, d_a)
-        meet(team, members, step)
-        product(
-            d_z, now, stride, active, panels, low * H * U, H, high - low,
-            d_h, low * b * U, b * U, True,
-        )  # fmt: skip
-    blocks_to_rows(d_h, order, H, low, high, d_h_0)
+        phase, members = next_phase(team, me, phase, last)
+    if me > 0:
+        return
+    blocks_to_rows(d_h, order, H, d_h_0)
