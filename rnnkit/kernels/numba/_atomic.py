@@ -1,4 +1,4 @@
-"""Counters that threads share in compiled code, without the interpreter's lock: what waiting is built from."""
+"""Counters that threads share in compiled code, and how to wait for one without the interpreter's lock."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _yield_processor(typing: Any) -> Any:
 
 
 @compiled  # type: ignore[untyped-decorator]
-def wait(counters: Any, at: int, least: int, offers: int) -> int:
+def wait(counters: Any, at: int, least: int, offers: int) -> Any:
     """Wait until a counter is at least that high or negative, and return it.
 
     At most for so many offers of the processor, about 4 microseconds each where nobody takes it.

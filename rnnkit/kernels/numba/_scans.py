@@ -18,15 +18,18 @@ from typing import Any
 import numpy as np
 
 from ._pieces import (
+    LARGEST_GROUP,
     blocks_to_rows,
     clear_padding,
     compiled,
     final_states,
+    group_size,
     prefetch_rows,
     product,
     put_states,
     row_stride,
     rows_to_blocks,
+    sigmoid,
     still_active,
 )
 from ._simd import lanes, load, load_part, relu, store, store_part, tanh, where_positive
@@ -48,7 +51,8 @@ def lstm_forward(
         clear_padding(output, order, steps, T, B, H)
         put_states(h_0, order, H, stride, h)
         rows_to_blocks(c_0, order, H, c)
-    z = np.empty(4 * b * U, gates.dtype)
+    rows = min(b, LARGEST_GROUP)
+    z = np.empty(4 * rows * U, gates.dtype)
     me, active = enter(team, leader), 0
     phase, members = next_phase(team, me, 0, steps[0])
     while phase <= steps[0]:
@@ -60,30 +64,38 @@ def lstm_forward(
         for j in range(low, high):
             n = min(U, H - j * U)
             last = j * U + n - 1
-            prefetch_rows(gates, t * B * 4 * H + last, order, active, 4 * H, 4, H)
-            prefetch_rows(output, t * B * H + last, order, active, H, 1, 0)
-            if save:
-                prefetch_rows(c_prev, t * B * H + last, order, active, H, 1, 0)
-            product(h, now, stride, active, panels, j * 4 * H * U, H, 4, z, 0, b * U, True)
-            for r in range(active):
-                row = t * B + order[r]
-                at, to = row * 4 * H + j * U, row * H + j * U
-                i = 0.5 * tanh(0.5 * (load_part(gates, at, n) + load(z, r * U))) + 0.5
-                f = 0.5 * tanh(0.5 * (load_part(gates, at + H, n) + load(z, (b + r) * U))) + 0.5
-                g = tanh(load_part(gates, at + 2 * H, n) + load(z, (2 * b + r) * U))
-                o = 0.5 * tanh(0.5 * (load_part(gates, at + 3 * H, n) + load(z, (3 * b + r) * U))) + 0.5
-                c_old = load(c, (j * b + r) * U)
-                c_new = f * c_old + i * g
-                h_new = o * tanh(c_new)
-                store(c, (j * b + r) * U, c_new)
-                store(h, new + r * stride + j * U, h_new)
-                store_part(output, to, h_new, n)
+            start = 0
+            while start < active:
+                count = group_size(active - start)
+                prefetch_rows(gates, t * B * 4 * H + last, order, start, count, 4 * H, 4, H)
+                prefetch_rows(output, t * B * H + last, order, start, count, H, 1, 0)
                 if save:
-                    store_part(gates, at, i, n)
-                    store_part(gates, at + H, f, n)
-                    store_part(gates, at + 2 * H, g, n)
-                    store_part(gates, at + 3 * H, o, n)
-                    store_part(c_prev, to, c_old, n)
+                    prefetch_rows(c_prev, t * B * H + last, order, start, count, H, 1, 0)
+                product(
+                    h, now + start * stride, stride, count, panels, j * 4 * H * U, H, 4,
+                    z, 0, rows * U, True,
+                )  # fmt: skip
+                for r in range(start, start + count):
+                    q = r - start
+                    row = t * B + order[r]
+                    at, to = row * 4 * H + j * U, row * H + j * U
+                    i = sigmoid(load_part(gates, at, n) + load(z, q * U))
+                    f = sigmoid(load_part(gates, at + H, n) + load(z, (rows + q) * U))
+                    g = tanh(load_part(gates, at + 2 * H, n) + load(z, (2 * rows + q) * U))
+                    o = sigmoid(load_part(gates, at + 3 * H, n) + load(z, (3 * rows + q) * U))
+                    c_old = load(c, (j * b + r) * U)
+                    c_new = f * c_old + i * g
+                    h_new = o * tanh(c_new)
+                    store(c, (j * b + r) * U, c_new)
+                    store(h, new + r * stride + j * U, h_new)
+                    store_part(output, to, h_new, n)
+                    if save:
+                        store_part(gates, at, i, n)
+                        store_part(gates, at + H, f, n)
+                        store_part(gates, at + 2 * H, g, n)
+                        store_part(gates, at + 3 * H, o, n)
+                        store_part(c_prev, to, c_old, n)
+                start += count
         phase, members = next_phase(team, me, phase, steps[0])
     if me > 0:
         return
@@ -165,7 +177,8 @@ def gru_forward(
     if leader:
         clear_padding(output, order, steps, T, B, H)
         put_states(h_0, order, H, stride, h)
-    z = np.empty(3 * b * U, gates.dtype)
+    rows = min(b, LARGEST_GROUP)
+    z = np.empty(3 * rows * U, gates.dtype)
     me, active = enter(team, leader), 0
     phase, members = next_phase(team, me, 0, steps[0])
     while phase <= steps[0]:
@@ -177,27 +190,35 @@ def gru_forward(
         for j in range(low, high):
             n = min(U, H - j * U)
             last = j * U + n - 1
-            prefetch_rows(gates, t * B * 3 * H + last, order, active, 3 * H, 3, H)
-            prefetch_rows(output, t * B * H + last, order, active, H, 1, 0)
-            if save:
-                prefetch_rows(recurrent_n, t * B * H + last, order, active, H, 1, 0)
-            product(h, now, stride, active, panels, j * 3 * H * U, H, 3, z, 0, b * U, True)
             bias = load_part(bias_hn, j * U, n)
-            for r in range(active):
-                row = t * B + order[r]
-                at, to = row * 3 * H + j * U, row * H + j * U
-                reset = 0.5 * tanh(0.5 * (load_part(gates, at, n) + load(z, r * U))) + 0.5
-                update = 0.5 * tanh(0.5 * (load_part(gates, at + H, n) + load(z, (b + r) * U))) + 0.5
-                w_n = load(z, (2 * b + r) * U) + bias
-                candidate = tanh(load_part(gates, at + 2 * H, n) + reset * w_n)
-                h_new = (1.0 - update) * candidate + update * load(h, now + r * stride + j * U)
-                store(h, new + r * stride + j * U, h_new)
-                store_part(output, to, h_new, n)
+            start = 0
+            while start < active:
+                count = group_size(active - start)
+                prefetch_rows(gates, t * B * 3 * H + last, order, start, count, 3 * H, 3, H)
+                prefetch_rows(output, t * B * H + last, order, start, count, H, 1, 0)
                 if save:
-                    store_part(gates, at, reset, n)
-                    store_part(gates, at + H, update, n)
-                    store_part(gates, at + 2 * H, candidate, n)
-                    store_part(recurrent_n, to, w_n, n)
+                    prefetch_rows(recurrent_n, t * B * H + last, order, start, count, H, 1, 0)
+                product(
+                    h, now + start * stride, stride, count, panels, j * 3 * H * U, H, 3,
+                    z, 0, rows * U, True,
+                )  # fmt: skip
+                for r in range(start, start + count):
+                    q = r - start
+                    row = t * B + order[r]
+                    at, to = row * 3 * H + j * U, row * H + j * U
+                    reset = sigmoid(load_part(gates, at, n) + load(z, q * U))
+                    update = sigmoid(load_part(gates, at + H, n) + load(z, (rows + q) * U))
+                    w_n = load(z, (2 * rows + q) * U) + bias
+                    candidate = tanh(load_part(gates, at + 2 * H, n) + reset * w_n)
+                    h_new = (1.0 - update) * candidate + update * load(h, now + r * stride + j * U)
+                    store(h, new + r * stride + j * U, h_new)
+                    store_part(output, to, h_new, n)
+                    if save:
+                        store_part(gates, at, reset, n)
+                        store_part(gates, at + H, update, n)
+                        store_part(gates, at + 2 * H, candidate, n)
+                        store_part(recurrent_n, to, w_n, n)
+                start += count
         phase, members = next_phase(team, me, phase, steps[0])
     if me > 0:
         return
@@ -277,7 +298,8 @@ def rnn_forward(
     if leader:
         clear_padding(output, order, steps, T, B, H)
         put_states(h_0, order, H, stride, h)
-    z = np.empty(4 * b * U, gates.dtype)
+    rows = min(b, LARGEST_GROUP)
+    z = np.empty(4 * rows * U, gates.dtype)
     me, active = enter(team, leader), 0
     phase, members = next_phase(team, me, 0, steps[0])
     while phase <= steps[0]:
@@ -289,17 +311,25 @@ def rnn_forward(
         for first in range(low, high, 4):  # four blocks at a time, like the four gates of an LSTM
             group = min(4, high - first)
             last = min((first + group) * U, H) - 1
-            prefetch_rows(gates, t * B * H + last, order, active, H, 1, 0)
-            prefetch_rows(output, t * B * H + last, order, active, H, 1, 0)
-            product(h, now, stride, active, panels, first * H * U, H, group, z, 0, b * U, True)
-            for r in range(active):
-                row = (t * B + order[r]) * H
-                for j in range(first, first + group):
-                    n = min(U, H - j * U)
-                    a = load_part(gates, row + j * U, n) + load(z, ((j - first) * b + r) * U)
-                    h_new = relu(a) if rectified else tanh(a)
-                    store(h, new + r * stride + j * U, h_new)
-                    store_part(output, row + j * U, h_new, n)
+            start = 0
+            while start < active:
+                count = group_size(active - start)
+                prefetch_rows(gates, t * B * H + last, order, start, count, H, 1, 0)
+                prefetch_rows(output, t * B * H + last, order, start, count, H, 1, 0)
+                product(
+                    h, now + start * stride, stride, count, panels, first * H * U, H, group,
+                    z, 0, rows * U, True,
+                )  # fmt: skip
+                for r in range(start, start + count):
+                    q = r - start
+                    row = (t * B + order[r]) * H
+                    for j in range(first, first + group):
+                        n = min(U, H - j * U)
+                        a = load_part(gates, row + j * U, n) + load(z, ((j - first) * rows + q) * U)
+                        h_new = relu(a) if rectified else tanh(a)
+                        store(h, new + r * stride + j * U, h_new)
+                        store_part(output, row + j * U, h_new, n)
+                start += count
         phase, members = next_phase(team, me, phase, steps[0])
     if me > 0:
         return
