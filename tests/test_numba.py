@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -124,6 +126,24 @@ def test_agrees_with_the_reference(cell, dtype, ragged, reverse, H, T):
         assert same_bits(before, problem.inputs)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("B", "I", "H"), [(1, 64, 64), (3, 5, 17), (1, 33, 50), (2, 1, 1)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_single_step_agrees_with_the_reference(dtype, B, I, H, bias, rng):
+    def normal(*shape, scale=1.0):
+        return (scale * rng.standard_normal(shape)).astype(dtype)
+
+    x, h, c = normal(B, I), normal(1, B, H), normal(1, B, H)
+    w_ih, w_hh = normal(4 * H, I, scale=I**-0.5), normal(4 * H, H, scale=H**-0.5)
+    b_ih, b_hh = (normal(4 * H if bias else 0) for _ in range(2))
+    before = [array.copy() for array in (x, h, c)]
+    ours = kernels.lstm_step(x, h, c, w_ih, w_hh, b_ih, b_hh)
+    gates = x.astype(np.float64) @ w_ih.T + (b_ih.astype(np.float64) + b_hh if bias else 0.0)
+    _, h_n, c_n, _ = reference.lstm_forward(gates[None], *(a.astype(np.float64) for a in (h[0], c[0], w_hh)))
+    assert_close(ours, [state[None].astype(dtype) for state in (h_n, c_n)], dtype)
+    assert same_bits(before, (x, h, c))
+
+
 @pytest.mark.parametrize("cell", CELLS[:3])
 def test_stays_close_over_a_thousand_steps(cell):
     problem = Problem(cell, T=1000, B=3, H=64)
@@ -197,16 +217,68 @@ WIDE = {"T": 30, "B": 1, "H": 400}
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
-@pytest.mark.parametrize("sizes", [LARGE, WIDE, {**WIDE, "B": 2}], ids=["large", "wide", "wide-2"])
+@pytest.mark.parametrize(
+    "sizes", [LARGE, WIDE, {**WIDE, "B": 2}, {**WIDE, "B": 5}], ids=["large", "wide", "wide-2", "heavy"]
+)
 @pytest.mark.parametrize("cell", CELLS)
 def test_same_bits_again_and_with_any_number_of_threads(cell, sizes, ragged, monkeypatch):
     problem = Problem(cell, **sizes, ragged=ragged, reverse=ragged)
     results = []
-    monkeypatch.setattr(kernels, "_SMALL", 0)
+    for limit in ("_SMALL", "_SMALL_WEIGHT"):
+        monkeypatch.setattr(kernels, limit, 0)
+    if sizes["B"] == 5:
+        monkeypatch.setattr(kernels, "_LARGE_WEIGHT", 0)
     for threads in ("1", "1", "2", "3", "5"):
         monkeypatch.setenv("RNNKIT_NUM_THREADS", threads)
         results.append(problem.run())
     assert all(same_bits(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_helpers_may_come_at_any_time(cell, when, monkeypatch):
+    problem = Problem(cell, T=300, B=1, H=400, reverse=True)
+    monkeypatch.setenv("RNNKIT_NUM_THREADS", "1")
+    expected = problem.run()
+    teams, new_team = [], kernels._team.new_team
+
+    def recorded():
+        teams.append(new_team())
+        return teams[-1]
+
+    @contextmanager
+    def helped(count, work, abandon):
+        team, threads = teams[-1], [threading.Thread(target=work) for _ in range(count)]
+
+        def start():
+            for thread in threads:
+                thread.start()
+
+        timer = threading.Timer(0.0005, start)  # a scan takes at least 1 ms
+        if when == "before":
+            start()
+            while team[kernels._team.JOINED] < count:
+                time.sleep(0)
+        elif when == "during":
+            timer.start()
+        yield
+        abandon()
+        if when == "during":
+            timer.join()
+        elif when == "after":
+            start()
+        for thread in threads:
+            thread.join(timeout=10)
+            assert not thread.is_alive()
+
+    monkeypatch.setattr(kernels._team, "new_team", recorded)
+    monkeypatch.setattr(kernels, "helped", helped)
+    monkeypatch.setenv("RNNKIT_NUM_THREADS", "3")
+    assert same_bits(expected, problem.run())
+    shared_phases = [int(team[kernels._team.EXPECTED]) for team in teams]
+    assert len(teams) == 2
+    if when != "during":  # of the way back the last product is a phase of its own
+        assert shared_phases == ([600, 602] if when == "before" else [0, 0])
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -297,6 +369,29 @@ def test_nobody_elses_thread_counts_change(monkeypatch):
     before = counts()
     Problem("lstm", **LARGE).run()
     assert counts() == before
+
+
+def test_blas_gets_its_threads_back_from_the_last_of_overlapping_products():
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    def counts():
+        return [lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"]
+
+    with threadpool_limits(3, user_api="blas"):
+        before, first_left, entered = counts(), threading.Event(), threading.Event()
+
+        def second():
+            with kernels._blas._alone():
+                entered.set()
+                assert first_left.wait(10)
+
+        thread = threading.Thread(target=second)
+        with kernels._blas._alone():
+            thread.start()
+            assert entered.wait(10)
+        first_left.set()
+        thread.join()
+        assert counts() == before
 
 
 # ------------------------------------------------------------------------------------------ the seam

@@ -19,7 +19,7 @@ from .._case import Case
 try:
     from numba.core import event
 
-    from . import _blas, _pieces, _scans, _team
+    from . import _blas, _pieces, _scans, _steps, _team
     from ._atomic import POSSIBLE
     from ._simd import REGISTER_BYTES
     from ._threads import helped, run_tiles, thread_limit
@@ -173,6 +173,34 @@ def lstm_backward(
     return saved.gates, d_h_0, d_c_0
 
 
+def lstm_step(
+    x_t: Float, h: Float, c: Float, weight_ih: Float, weight_hh: Float, bias_ih: Float, bias_hh: Float
+) -> tuple[Float, Float]:
+    """Return the states after one time step, input projection included: for a stream of one sequence.
+
+    Parameters
+    ----------
+    x_t : array (B, I)
+    h, c : arrays (..., B, H)
+        The state before, which stays as it is.
+    weight_ih, weight_hh : arrays (4H, I) and (4H, H)
+    bias_ih, bias_hh : arrays (4H,), or both (0,) for a layer without biases
+
+    Returns
+    -------
+    h, c : arrays like those given
+        New ones.
+
+    Notes
+    -----
+    All arrays must be in C order, of one dtype, and writeable: another kind would be compiled anew. The
+    weights are read once for each sequence, so from a handful on `lstm_forward` is faster.
+    """
+    h_new, c_new = np.empty(h.shape, h.dtype), np.empty(c.shape, c.dtype)
+    _steps.lstm_step(x_t, h, c, weight_ih, weight_hh, bias_ih, bias_hh, h_new, c_new)
+    return h_new, c_new
+
+
 # ---------------------------------------------------------------------------------------------- GRU
 
 
@@ -247,7 +275,9 @@ class _Tiles:
             blocks = -(-H // (2 * REGISTER_BYTES // 8))
             self._helpers = min(self._threads, blocks) - 1
         tiles = 1 if self._helpers and B else min(self._threads, B)
-        if lengths is None:
+        if lengths is None and tiles == 1:
+            self._orders, self._steps = [np.arange(B)], [np.array([T] * B)]
+        elif lengths is None:
             order = np.arange(B)
             self._orders = [order[B * k // tiles : B * (k + 1) // tiles] for k in range(tiles)]
             self._steps = [np.full(part.size, T) for part in self._orders]

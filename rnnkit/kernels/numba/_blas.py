@@ -8,6 +8,7 @@ scan runs, on threads that then share the cores with idling ones: on two cores i
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -20,6 +21,9 @@ from ._threads import run_tiles, thread_limit
 
 # Multiplications below which a product stays on its thread, as for a scan.
 _SMALL = 4_000_000
+# Multiplications up to which OpenBLAS takes one thread by itself: SMP_THRESHOLD_MIN times
+# GEMM_MULTITHREAD_THRESHOLD in its interface/gemm.c.
+_ONE_THREAD = 65536 * 4
 
 
 @cache
@@ -28,15 +32,21 @@ def libraries() -> list[Any]:
     return [lib for lib in ThreadpoolController().lib_controllers if lib.user_api == "blas"]
 
 
+def _numpys() -> list[Any]:
+    """Return NumPy's own BLAS where it has one that can be told by its folder, else all libraries."""
+    own = [lib for lib in libraries() if "numpy" in os.path.basename(os.path.dirname(lib.filepath))]
+    return own or libraries()
+
+
 @cache
 def _controls() -> list[tuple[Callable[[], int], Callable[[int], None]]]:
-    """Return for each library what gets and what sets its thread count.
+    """Return for each library that products use what gets and what sets its thread count.
 
     OpenBLAS's own functions where threadpoolctl shows them: its methods take 0.7 and 1.5 microseconds, and
     set nothing while a second thread of Python does so. The count is the whole process's.
     """
     controls: list[Any] = []
-    for lib in libraries():
+    for lib in _numpys():
         found = [lib.get_num_threads, lib.set_num_threads]
         symbol = getattr(lib, "_get_symbol", None)
         if symbol and lib.internal_api == "openblas" and lib.threading_layer == "pthreads":
@@ -82,6 +92,8 @@ _alone = _Alone()
 def matmul(a: Any, b: Any) -> Any:
     """Return a @ b for 2-D arrays of one floating-point dtype."""
     (M, K), N = a.shape, b.shape[1]
+    if M * K * N <= _ONE_THREAD:
+        return a @ b
     with _alone():
         threads = thread_limit()
         if threads == 1 or M * K * N < _SMALL:
