@@ -66,7 +66,7 @@ def _yield_processor(typing: Any) -> Any:
     return types.void(), lower
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def wait(counters: Any, at: int, least: int, offers: int) -> Any:
     """Wait until a counter is at least that high or negative, and return it.
 
@@ -83,7 +83,7 @@ def wait(counters: Any, at: int, least: int, offers: int) -> Any:
             return value
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def add_and_wait(counters: Any, value: int, others: Any, least: int, offers: int) -> None:
     """Add to counters[0], then wait until others[0] is at least that high."""
     add(counters, 0, value)

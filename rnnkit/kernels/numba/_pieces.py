@@ -7,6 +7,8 @@ units. Small matrices that only a scan sees (c, d_h, d_c and the sums z) are sto
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,35 @@ from numba import njit
 
 from ._simd import ROWS, dot_block, lanes, load, load_part, prefetch, store, store_part, tanh, transpose
 
-# Without the interpreter's lock, so that tiles run side by side; no checks, as every index is a sum of loops.
-compiled = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+
+def _hash_of_sources() -> str:
+    total = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+_SOURCES = _hash_of_sources()
+
+
+def compiled(function: Any) -> Any:
+    """Compile a function for numba, and keep the code on disk until any file of this package changes.
+
+    numba itself looks at the function's own file alone, and would go on using code into which an old version
+    of another file was compiled. Where its cache cannot be told so, there is none.
+
+    It runs without the interpreter's lock, so that tiles run side by side, and without checks: every index is
+    a sum of loops.
+    """
+    options = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+    dispatcher = njit(cache=True, **options)(function)
+    try:
+        file = dispatcher._cache._cache_file
+        file._source_stamp = (file._source_stamp, _SOURCES)
+    except AttributeError:
+        return njit(**options)(function)
+    return dispatcher
+
 
 # Rows of a panel that are done before the next panel: 512 x 64 bytes of weights fit an L1 cache, more do
 # not. h (32, 512) times weight_hh, float32, one thread: 96 GFLOP/s; with 256 rows 87.
@@ -29,7 +58,7 @@ LARGEST_GROUP = GROUP + ROWS
 PAGES = 32
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def pack_forward(weight: Any, gates: int, H: int, panels: Any, low: int, high: int) -> None:
     """Pack the transpose of weight (gates * H, H): for each block the panels (H, lanes) of all its gates.
 
@@ -56,7 +85,7 @@ def pack_forward(weight: Any, gates: int, H: int, panels: Any, low: int, high: i
             at += H * U
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def pack_backward(weight: Any, K: int, H: int, panels: Any, low: int, high: int) -> None:
     """Pack weight (K, H) as it is: for each block, from `low` to `high`, a panel (K, lanes)."""
     U = lanes(weight)
@@ -69,7 +98,7 @@ def pack_backward(weight: Any, K: int, H: int, panels: Any, low: int, high: int)
                 store(panels, at + row * U, load_part(weight, row * H + first, n))
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def product(
     a: Any, a_at: int, a_stride: int, rows: int, w: Any, w_at: int, K: int, panels: int, z: Any, z_at: int,
     z_stride: int, fresh: bool,
@@ -119,7 +148,7 @@ def product(
                 row += n
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def still_active(active: int, steps: Any, t: int) -> int:
     """Return how many sequences have a step t; they come first, as `steps` never increases."""
     while active > 0 and steps[active - 1] <= t:
@@ -129,19 +158,19 @@ def still_active(active: int, steps: Any, t: int) -> int:
     return active
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def group_size(left: int) -> int:
     """Return how many of the sequences that are left make the next group, so that the last is not tiny."""
     return left if left <= LARGEST_GROUP else GROUP
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def sigmoid(x: Any) -> Any:
     """Return 1 / (1 + exp(-x)) of a vector."""
     return 0.5 * tanh(0.5 * x) + 0.5
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def clear_padding(array: Any, order: Any, steps: Any, T: int, B: int, N: int) -> None:
     """Set array (T, B, N) to zero behind each sequence's end."""
     for r in range(order.size):
@@ -151,7 +180,7 @@ def clear_padding(array: Any, order: Any, steps: Any, T: int, B: int, N: int) ->
                 array[at + k] = 0.0
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def rows_to_blocks(array: Any, order: Any, H: int, blocks: Any) -> None:
     """Copy rows of array (B, H) into blocks (., rows, lanes), with zeros behind H."""
     U, rows = lanes(array), order.size
@@ -161,7 +190,7 @@ def rows_to_blocks(array: Any, order: Any, H: int, blocks: Any) -> None:
             store(blocks, (j * rows + r) * U, load_part(array, order[r] * H + j * U, n))
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def blocks_to_rows(blocks: Any, order: Any, H: int, array: Any) -> None:
     """Copy blocks (., rows, lanes) into rows of array (B, H)."""
     U, rows = lanes(array), order.size
@@ -171,7 +200,7 @@ def blocks_to_rows(blocks: Any, order: Any, H: int, array: Any) -> None:
             store_part(array, order[r] * H + j * U, load(blocks, (j * rows + r) * U), n)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def put_states(h_0: Any, order: Any, H: int, stride: int, h: Any) -> None:
     """Copy rows of h_0 (B, H) into both halves of h: they hold h before and after a step, in turns."""
     rows = order.size
@@ -180,7 +209,7 @@ def put_states(h_0: Any, order: Any, H: int, stride: int, h: Any) -> None:
             h[r * stride + k] = h[(rows + r) * stride + k] = h_0[order[r] * H + k]
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def final_states(h: Any, order: Any, steps: Any, reverse: bool, H: int, stride: int, h_n: Any) -> None:
     """Copy the last states into h_n (B, H), from where each one's last step left it."""
     rows = order.size
@@ -191,13 +220,13 @@ def final_states(h: Any, order: Any, steps: Any, reverse: bool, H: int, stride: 
             h_n[order[r] * H + k] = h[at + k]
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def row_stride(N: int, U: int) -> int:
     """Return a distance for rows of N: no power of two, which would put all rows into one set of a cache."""
     return (N + U - 1) // U * U + U
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def prefetch_rows(
     array: Any, at: int, order: Any, first: int, count: int, stride: int, parts: int, part: int
 ) -> None:

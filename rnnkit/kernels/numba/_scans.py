@@ -36,7 +36,7 @@ from ._simd import lanes, load, load_part, relu, store, store_part, tanh, where_
 from ._team import enter, next_phase
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def lstm_forward(
     order: Any, steps: Any, gates: Any, h_0: Any, c_0: Any, panels: Any, output: Any, h_n: Any, c_n: Any,
     c_prev: Any, T: int, B: int, H: int, reverse: bool, save: bool, team: Any, shared: Any,
@@ -103,7 +103,7 @@ def lstm_forward(
     blocks_to_rows(c, order, H, c_n)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def lstm_backward(
     order: Any, steps: Any, gates: Any, c_prev: Any, d_output: Any, d_h_n: Any, d_c_n: Any, panels: Any,
     d_h_0: Any, d_c_0: Any, T: int, B: int, H: int, reverse: bool, team: Any, shared: Any,
@@ -164,7 +164,7 @@ def lstm_backward(
     blocks_to_rows(d_c, order, H, d_c_0)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def gru_forward(
     order: Any, steps: Any, gates: Any, h_0: Any, bias_hn: Any, panels: Any, output: Any, h_n: Any,
     recurrent_n: Any, T: int, B: int, H: int, reverse: bool, save: bool, team: Any, shared: Any,
@@ -225,7 +225,7 @@ def gru_forward(
     final_states(h, order, steps, reverse, H, stride, h_n)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def gru_backward(
     order: Any, steps: Any, gates: Any, recurrent_n: Any, h_0: Any, output: Any, d_output: Any, d_h_n: Any,
     panels: Any, d_h_0: Any, T: int, B: int, H: int, reverse: bool, team: Any, shared: Any,
@@ -286,7 +286,7 @@ def gru_backward(
     blocks_to_rows(d_h, order, H, d_h_0)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def rnn_forward(
     order: Any, steps: Any, gates: Any, h_0: Any, panels: Any, output: Any, h_n: Any, T: int, B: int,
     H: int, rectified: bool, reverse: bool, team: Any, shared: Any, leader: bool,
@@ -336,7 +336,7 @@ def rnn_forward(
     final_states(h, order, steps, reverse, H, stride, h_n)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def rnn_backward(
     order: Any, steps: Any, output: Any, d_output: Any, d_h_n: Any, panels: Any, d_gates: Any, d_h_0: Any,
     T: int, B: int, H: int, rectified: bool, reverse: bool, team: Any, shared: Any, leader: bool,

@@ -14,7 +14,7 @@ from ._pieces import compiled, sigmoid
 from ._simd import lanes, load, load_part, multiply_add, store_part, tanh, total
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def add_product(x: Any, at: int, size: int, weight: Any, rows: int, z: Any) -> None:
     """Add weight (4 * rows, size) times x[at : at + size] to z, four rows at a time."""
     U = lanes(x)
@@ -40,7 +40,7 @@ def add_product(x: Any, at: int, size: int, weight: Any, rows: int, z: Any) -> N
         z[3 * rows + row] += total(d)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def lstm_step(
     x: Any, h: Any, c: Any, weight_ih: Any, weight_hh: Any, bias_ih: Any, bias_hh: Any, h_new: Any, c_new: Any
 ) -> None:

@@ -34,13 +34,13 @@ def dissolve(team: np.ndarray[Any, np.dtype[np.int64]]) -> None:
     team[OPEN] = -1
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def enter(team: Any, leader: bool) -> int:
     """Join, and return the own number: 0 for the leader."""
     return 0 if leader else add(team, JOINED, 1) + 1
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def next_phase(team: Any, me: int, phase: int, last: int) -> Any:
     """Finish a phase, 0 at first; return the next one and how many members share it.
 
