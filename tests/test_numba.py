@@ -101,6 +101,13 @@ def same_bits(first, second):
     return all(a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True))
 
 
+def blas_threads():
+    """Return the thread count of each BLAS library; numba may load SciPy's between two calls."""
+    from threadpoolctl import threadpool_info
+
+    return {lib["filepath"]: lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"}
+
+
 def assert_close(ours, theirs, dtype, T=1):
     for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert (a.shape, a.dtype) == (b.shape, b.dtype), k
@@ -374,13 +381,10 @@ def test_nobody_elses_thread_counts_change(monkeypatch):
 
 
 def test_blas_gets_its_threads_back_from_the_last_of_overlapping_products():
-    from threadpoolctl import threadpool_info, threadpool_limits
-
-    def counts():
-        return [lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"]
+    from threadpoolctl import threadpool_limits
 
     with threadpool_limits(3, user_api="blas"):
-        before, first_left, entered = counts(), threading.Event(), threading.Event()
+        before, first_left, entered = blas_threads(), threading.Event(), threading.Event()
 
         def second():
             with kernels._blas._alone():
@@ -393,7 +397,7 @@ def test_blas_gets_its_threads_back_from_the_last_of_overlapping_products():
             assert entered.wait(10)
         first_left.set()
         thread.join()
-        assert counts() == before
+        assert blas_threads() == before
 
 
 # ------------------------------------------------------------------------------------------ the seam
@@ -472,30 +476,32 @@ def test_layers_use_it():
 
 
 @pytest.mark.parametrize("threads", ["1", "2", "3"])
-@pytest.mark.parametrize(("M", "K", "N"), [(1, 1, 1), (0, 3, 4), (5, 0, 4), (300, 200, 100), (100, 200, 301)])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    ("M", "K", "N"),
+    [(1, 1, 1), (0, 3, 4), (5, 0, 4), (300, 1, 70), (9, 8, 7), (300, 200, 100), (100, 200, 301)],
+)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_matmul_equals_numpys_and_gives_blas_its_threads_back(threads, M, K, N, dtype, monkeypatch, rng):
-    from threadpoolctl import threadpool_info
-
-    def counts():
-        return [lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"]
-
+def test_matmul_equals_numpys_and_gives_blas_its_threads_back(
+    threads, M, K, N, given, dtype, monkeypatch, rng
+):
     monkeypatch.setenv("RNNKIT_NUM_THREADS", threads)
     a = rng.standard_normal((K, M)).astype(dtype).T  # transposed, as many are
     b = rng.standard_normal((K, N)).astype(dtype)
-    before = counts()
-    got = kernels.matmul(a, b)
-    assert counts() == before
+    before = blas_threads()
+    out = np.full((M, N), np.nan, dtype) if given else None
+    got = kernels.matmul(a, b, out)
+    assert before.items() <= blas_threads().items()
+    assert got.flags.c_contiguous
+    assert got is out or not given
     tolerance = 1e-12 if dtype == "float64" else 1e-4  # sums of 200 products of order one
     np.testing.assert_allclose(got, a.astype(np.float64) @ b.astype(np.float64), rtol=0, atol=tolerance)
 
 
 def test_matmul_from_several_threads_at_once(monkeypatch, rng):
-    from threadpoolctl import threadpool_info
-
     monkeypatch.setenv("RNNKIT_NUM_THREADS", "2")
     a, b = rng.standard_normal((2, 200, 200))
-    before = [lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"]
+    before = blas_threads()
     wrong = []
 
     def work():
@@ -509,4 +515,4 @@ def test_matmul_from_several_threads_at_once(monkeypatch, rng):
     for thread in threads:
         thread.join()
     assert not wrong
-    assert before == [lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"]
+    assert before.items() <= blas_threads().items()

@@ -251,9 +251,9 @@ def gru_backward(
 # ------------------------------------------------------------------------------- around the scans
 
 
-def matmul(a: Float, b: Float) -> Float:
-    """Return a @ b for 2-D arrays."""
-    product: Float = _blas.matmul(a, b)
+def matmul(a: Float, b: Float, out: Float | None = None) -> Float:
+    """Return a @ b for 2-D arrays, in `out` if given."""
+    product: Float = _blas.matmul(a, b, out)
     return product
 
 

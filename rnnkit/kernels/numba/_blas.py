@@ -89,16 +89,19 @@ class _Alone:
 _alone = _Alone()
 
 
-def matmul(a: Any, b: Any) -> Any:
-    """Return a @ b for 2-D arrays of one floating-point dtype."""
+def matmul(a: Any, b: Any, out: Any = None) -> Any:
+    """Return a @ b for 2-D arrays of one floating-point dtype, in `out` if given."""
     (M, K), N = a.shape, b.shape[1]
+    if K == 1:  # BLAS takes 43 / 476 / 11111 us for (256, 64), (1024, 256), (4096, 1024), this 13 / 89 / 2530
+        return np.multiply(a, b, out=np.empty((M, N), a.dtype) if out is None else out)
     if M * K * N <= _ONE_THREAD:
-        return a @ b
+        return np.matmul(a, b, out)
     with _alone():
         threads = thread_limit()
         if threads == 1 or M * K * N < _SMALL:
-            return a @ b
-        out = np.empty((M, N), a.dtype)
+            return np.matmul(a, b, out)
+        if out is None:
+            out = np.empty((M, N), a.dtype)
         parts = min(threads, max(M, N))
 
         def part(k: int) -> None:
