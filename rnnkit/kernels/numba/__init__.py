@@ -19,7 +19,8 @@ from .._case import Case
 try:
     from numba.core import event
 
-    from . import _blas, _pieces, _scans, _team
+    from . import _blas, _pieces, _scans, _steps, _team
+    from ._atomic import POSSIBLE
     from ._simd import REGISTER_BYTES
     from ._threads import helped, run_tiles, thread_limit
 
@@ -56,8 +57,17 @@ Index = np.ndarray[Any, np.dtype[np.int64]]
 # Multiplications below which a call stays on its thread: 3.3 million (an LSTM, T=100, B=2, H=64) took 150
 # microseconds on one thread and 230 on two, on a busy machine. To be measured again on an idle one.
 _SMALL = 4_000_000
-# Multiplications of one time step below which threads do not share it: a guess that awaits idle cores.
+# Multiplications of one time step below which threads do not share it. An LSTM's forward scan of 100 steps
+# on one thread / shared by two (Zen 3, ms): 0.59 / 0.69 with 66 thousand (B=1, H=128), 0.86 / 0.78 with 131
+# (B=2, H=128), 2.2 / 1.5 with 262 (B=1, H=256).
 _SMALL_STEP = 100_000
+# Numbers in the recurrent weights from which threads share each step of any batch: each panel then goes
+# through the third-level cache for one thread only. An LSTM's forward scan of 50 steps, B=16, tiles / shared
+# steps (Zen 3, two threads, ms): 43 / 41 at H=768, 70 / 49 at H=896.
+_LARGE_WEIGHT = 3 << 20
+# Numbers in the recurrent weights below which one thread packs them. Those of an LSTM take one thread / two
+# 0.60 / 0.62 ms at H=512, and 4.3 / 2.3 at H=1024.
+_SMALL_WEIGHT = 2 << 20
 
 
 def warmup() -> None:
@@ -75,6 +85,7 @@ def warmup() -> None:
         lstm_backward(lstm, weight[4], gates[1], state, state)
         gru_backward(gru, weight[3], gates[1], state)
         rnn_backward(rnn, weight[1], gates[1], state)
+        lstm_step(state, state[None], state[None], weight[4], weight[4], gates[4][0, 0], gates[4][0, 0])
 
 
 def why_not(name: str, case: Case) -> str | None:
@@ -110,7 +121,7 @@ def rnn_forward(
     T, B, H = gates.shape
     output, h_n = np.empty((T, B, H), gates.dtype), np.empty((B, H), gates.dtype)
     tiles = _Tiles(T, B, H, H, lengths)
-    arrays = _flat(gates, h_0), _pack_forward(weight_hh, 1), _flat(output, h_n)
+    arrays = _flat(gates, h_0), tiles.pack_forward(weight_hh, 1), _flat(output, h_n)
     tiles.run(_scans.rnn_forward, *arrays[0], arrays[1], *arrays[2], T, B, H, nonlinearity == "relu", reverse)
     return output, h_n, RNNSaved(output, lengths, reverse, nonlinearity == "relu") if save else None
 
@@ -120,7 +131,7 @@ def rnn_backward(saved: RNNSaved, weight_hh: Float, d_output: Float, d_h_n: Floa
     T, B, H = d_output.shape
     d_gates, d_h_0 = np.empty_like(d_output), np.empty_like(d_h_n)
     tiles = _Tiles(T, B, H, H, saved.lengths)
-    arrays = _flat(saved.output, d_output, d_h_n), _pack_backward(weight_hh), _flat(d_gates, d_h_0)
+    arrays = _flat(saved.output, d_output, d_h_n), tiles.pack_backward(weight_hh), _flat(d_gates, d_h_0)
     tiles.run(_scans.rnn_backward, *arrays[0], arrays[1], *arrays[2], T, B, H, saved.relu, saved.reverse)
     return d_gates, d_h_0
 
@@ -146,7 +157,7 @@ def lstm_forward(
     output, c_prev = (np.empty((T if kept else 0, B, H), gates.dtype) for kept in (True, save))
     h_n, c_n = np.empty((B, H), gates.dtype), np.empty((B, H), gates.dtype)
     tiles = _Tiles(T, B, H, 4 * H, lengths)
-    arrays = _flat(gates, h_0, c_0), _pack_forward(weight_hh, 4), _flat(output, h_n, c_n, c_prev)
+    arrays = _flat(gates, h_0, c_0), tiles.pack_forward(weight_hh, 4), _flat(output, h_n, c_n, c_prev)
     tiles.run(_scans.lstm_forward, *arrays[0], arrays[1], *arrays[2], T, B, H, reverse, save)
     return output, h_n, c_n, LSTMSaved(gates, c_prev, lengths, reverse) if save else None
 
@@ -158,9 +169,37 @@ def lstm_backward(
     T, B, H = d_output.shape
     d_h_0, d_c_0 = np.empty_like(d_h_n), np.empty_like(d_c_n)
     tiles = _Tiles(T, B, H, 4 * H, saved.lengths)
-    arrays = _flat(saved.gates, saved.c_prev, d_output, d_h_n, d_c_n), _pack_backward(weight_hh)
+    arrays = _flat(saved.gates, saved.c_prev, d_output, d_h_n, d_c_n), tiles.pack_backward(weight_hh)
     tiles.run(_scans.lstm_backward, *arrays[0], arrays[1], *_flat(d_h_0, d_c_0), T, B, H, saved.reverse)
     return saved.gates, d_h_0, d_c_0
+
+
+def lstm_step(
+    x_t: Float, h: Float, c: Float, weight_ih: Float, weight_hh: Float, bias_ih: Float, bias_hh: Float
+) -> tuple[Float, Float]:
+    """Return the states after one time step, input projection included: for a stream of one sequence.
+
+    Parameters
+    ----------
+    x_t : array (B, I)
+    h, c : arrays (..., B, H)
+        The state before, which stays as it is.
+    weight_ih, weight_hh : arrays (4H, I) and (4H, H)
+    bias_ih, bias_hh : arrays (4H,), or both (0,) for a layer without biases
+
+    Returns
+    -------
+    h, c : arrays like those given
+        New ones.
+
+    Notes
+    -----
+    All arrays must be in C order, of one dtype, and writeable: another kind would be compiled anew. The
+    weights are read once for each sequence, so from a handful on `lstm_forward` is faster.
+    """
+    h_new, c_new = np.empty(h.shape, h.dtype), np.empty(c.shape, c.dtype)
+    _steps.lstm_step(x_t, h, c, weight_ih, weight_hh, bias_ih, bias_hh, h_new, c_new)
+    return h_new, c_new
 
 
 # ---------------------------------------------------------------------------------------------- GRU
@@ -191,7 +230,7 @@ def gru_forward(
     h_n = np.empty((B, H), gates.dtype)
     bias = np.zeros(H, gates.dtype) if bias_hn is None else bias_hn
     tiles = _Tiles(T, B, H, 3 * H, lengths)
-    arrays = _flat(gates, h_0, bias), _pack_forward(weight_hh, 3), _flat(output, h_n, recurrent_n)
+    arrays = _flat(gates, h_0, bias), tiles.pack_forward(weight_hh, 3), _flat(output, h_n, recurrent_n)
     tiles.run(_scans.gru_forward, *arrays[0], arrays[1], *arrays[2], T, B, H, reverse, save)
     return output, h_n, GRUSaved(gates, recurrent_n, h_0, output, lengths, reverse) if save else None
 
@@ -204,7 +243,9 @@ def gru_backward(
     d_h_0 = np.empty_like(d_h_n)
     tiles = _Tiles(T, B, H, 3 * H, saved.lengths)
     arrays = _flat(saved.gates, saved.recurrent_n, saved.h_0, saved.output, d_output, d_h_n)
-    tiles.run(_scans.gru_backward, *arrays, _pack_backward(weight_hh), *_flat(d_h_0), T, B, H, saved.reverse)
+    tiles.run(
+        _scans.gru_backward, *arrays, tiles.pack_backward(weight_hh), *_flat(d_h_0), T, B, H, saved.reverse
+    )
     return saved.gates, d_h_0, saved.recurrent_n
 
 
@@ -223,18 +264,21 @@ def matmul(a: Float, b: Float, out: Float | None = None) -> Float:
 class _Tiles:
     """How the work is cut: into equal shares of the sequences, each with the same mix of lengths.
 
-    If there are fewer sequences than threads, into shares of the hidden units instead.
+    If there are no more sequences than threads, or a lot of weights, into shares of the hidden units instead.
     """
 
     def __init__(self, T: int, B: int, H: int, columns: int, lengths: Index | None):
         work = (T * B if lengths is None else int(lengths.sum())) * H * columns
         self._threads = thread_limit() if work > _SMALL else 1
         self._helpers = 0
-        if self._threads > B and B * H * columns > _SMALL_STEP and _team.POSSIBLE:
+        shared = self._threads >= B or H * columns > _LARGE_WEIGHT
+        if shared and self._threads > 1 and B * H * columns > _SMALL_STEP and POSSIBLE:
             blocks = -(-H // (2 * REGISTER_BYTES // 8))
             self._helpers = min(self._threads, blocks) - 1
         tiles = 1 if self._helpers and B else min(self._threads, B)
-        if lengths is None:
+        if lengths is None and tiles == 1:
+            self._orders, self._steps = [np.arange(B)], [np.array([T] * B)]
+        elif lengths is None:
             order = np.arange(B)
             self._orders = [order[B * k // tiles : B * (k + 1) // tiles] for k in range(tiles)]
             self._steps = [np.full(part.size, T) for part in self._orders]
@@ -242,7 +286,28 @@ class _Tiles:
             order = np.argsort(-lengths, kind="stable")
             self._orders = [order[k::tiles].copy() for k in range(tiles)]
             self._steps = [lengths[part] for part in self._orders]
-        self._room = B * (columns + 128) * 2
+        lanes = 2 * REGISTER_BYTES // 4  # of float32; float64 has half of them
+        # h or d_z twice, and two states more, every row up to two vectors longer than it is.
+        self._room = 2 * B * (columns + H + 4 * lanes)
+
+    def pack_forward(self, weight_hh: Float, gates: int) -> Float:
+        """Return the transposed weights (gates * H, H) as panels."""
+        H = weight_hh.shape[1]
+        return self._pack(_pieces.pack_forward, weight_hh, (gates, H), gates * H)
+
+    def pack_backward(self, weight_hh: Float) -> Float:
+        """Return the weights (K, H) as panels."""
+        return self._pack(_pieces.pack_backward, weight_hh, weight_hh.shape, weight_hh.shape[0])
+
+    def _pack(self, pack: Any, weight: Float, sizes: tuple[int, ...], depth: int) -> Float:
+        """Return a panel (depth, lanes) for each block of columns, packed on threads where it is worth it."""
+        blocks, lanes = _blocks(weight.shape[1], weight.dtype)
+        panels, (flat,) = _aligned(blocks * depth * lanes, weight.dtype), _flat(weight)
+        parts = min(self._threads, blocks) if weight.size > _SMALL_WEIGHT else 1
+        run_tiles(
+            lambda k: pack(flat, *sizes, panels, blocks * k // parts, blocks * (k + 1) // parts), parts, parts
+        )
+        return panels
 
     def run(self, scan: Any, *args: Any) -> None:
         """Run the compiled scan on all tiles."""
@@ -252,7 +317,7 @@ class _Tiles:
                 len(self._orders), self._threads,
             )  # fmt: skip
             return
-        team, shared = _team.new_team(self._helpers), np.empty(self._room, args[2].dtype)
+        team, shared = _team.new_team(), _aligned(self._room, args[2].dtype)
         given = (self._orders[0], self._steps[0], *args, team, shared)
         with helped(self._helpers, lambda: scan(*given, False), lambda: _team.dissolve(team)):
             scan(*given, True)
@@ -266,24 +331,14 @@ def _flat(*arrays: Float) -> list[Float]:
     return [(a if a.flags.writeable else a.copy()).reshape(-1) for a in arrays]
 
 
-def _empty_panels(count: int, K: int, H: int, dtype: np.dtype[Any]) -> Float:
-    """Return room for `count` panels (K, lanes) a block of hidden units, at the start of a cache line."""
+def _blocks(H: int, dtype: np.dtype[Any]) -> tuple[int, int]:
+    """Return how many blocks hold H hidden units, and how many each holds."""
     lanes = 2 * REGISTER_BYTES // dtype.itemsize
-    size = count * K * -(-H // lanes) * lanes
+    return -(-H // lanes), lanes
+
+
+def _aligned(size: int, dtype: np.dtype[Any]) -> Float:
+    """Return room for that many numbers, at the start of a cache line."""
     room = np.empty(size + 64 // dtype.itemsize, dtype)
     skip = -room.__array_interface__["data"][0] % 64 // dtype.itemsize  # faster than .ctypes.data
     return room[skip : skip + size]
-
-
-def _pack_forward(weight_hh: Float, gates: int) -> Float:
-    H = weight_hh.shape[1]
-    panels = _empty_panels(gates, H, H, weight_hh.dtype)
-    _pieces.pack_forward(*_flat(weight_hh), gates, H, panels)
-    return panels
-
-
-def _pack_backward(weight_hh: Float) -> Float:
-    K, H = weight_hh.shape
-    panels = _empty_panels(1, K, H, weight_hh.dtype)
-    _pieces.pack_backward(*_flat(weight_hh), K, H, panels)
-    return panels

@@ -7,28 +7,67 @@ units. Small matrices that only a scan sees (c, d_h, d_c and the sums z) are sto
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import njit
 
-from ._simd import ROWS, dot_block, lanes, load, load_part, prefetch, store, store_part, transpose
+from ._simd import ROWS, dot_block, lanes, load, load_part, prefetch, store, store_part, tanh, transpose
 
-# Without the interpreter's lock, so that tiles run side by side; no checks, as every index is a sum of loops.
-compiled = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+
+def _hash_of_sources() -> str:
+    total = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+_SOURCES = _hash_of_sources()
+
+
+def compiled(function: Any) -> Any:
+    """Compile a function for numba, and keep the code on disk until any file of this package changes.
+
+    numba itself looks at the function's own file alone, and would go on using code into which an old version
+    of another file was compiled. Where its cache cannot be told so, there is none.
+
+    It runs without the interpreter's lock, so that tiles run side by side, and without checks: every index is
+    a sum of loops.
+    """
+    options = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+    dispatcher = njit(cache=True, **options)(function)
+    try:
+        file = dispatcher._cache._cache_file
+        file._source_stamp = (file._source_stamp, _SOURCES)
+    except AttributeError:
+        return njit(**options)(function)
+    return dispatcher
+
 
 # Rows of a panel that are done before the next panel: 512 x 64 bytes of weights fit an L1 cache, more do
 # not. h (32, 512) times weight_hh, float32, one thread: 96 GFLOP/s; with 256 rows 87.
 DEPTH = 512
+# Sequences whose gates of a block are computed together: their rows often lie a power of two apart in memory,
+# and then more of them have no place in the caches at the same time. The last group may be larger.
+GROUP = 4 * ROWS
+LARGEST_GROUP = GROUP + ROWS
+# Rows of a matrix that are packed before the same rows of the next columns: each may be on a memory page of
+# its own, and a processor keeps the addresses of about 64 at hand.
+PAGES = 32
 
 
-@compiled  # type: ignore[untyped-decorator]
-def pack_forward(weight: Any, gates: int, H: int, panels: Any) -> None:
-    """Pack the transpose of weight (gates * H, H): for each block the panels (H, lanes) of all its gates."""
+@compiled
+def pack_forward(weight: Any, gates: int, H: int, panels: Any, low: int, high: int) -> None:
+    """Pack the transpose of weight (gates * H, H): for each block the panels (H, lanes) of all its gates.
+
+    Only the blocks from `low` to `high`, so that threads can share the work.
+    """
     U = lanes(weight)
     square = np.empty(2 * U * U, weight.dtype)
-    at = 0
-    for first in range(0, H, U):
+    for block in range(low, high):
+        first, at = block * U, block * gates * H * U
         n = min(U, H - first)
         for gate in range(gates):
             row = (gate * H + first) * H
@@ -46,19 +85,20 @@ def pack_forward(weight: Any, gates: int, H: int, panels: Any) -> None:
             at += H * U
 
 
-@compiled  # type: ignore[untyped-decorator]
-def pack_backward(weight: Any, K: int, H: int, panels: Any) -> None:
-    """Pack weight (K, H) as it is: for each block a panel (K, lanes)."""
+@compiled
+def pack_backward(weight: Any, K: int, H: int, panels: Any, low: int, high: int) -> None:
+    """Pack weight (K, H) as it is: for each block, from `low` to `high`, a panel (K, lanes)."""
     U = lanes(weight)
-    at = 0
-    for first in range(0, H, U):
-        n = min(U, H - first)
-        for k in range(K):
-            store(panels, at, load_part(weight, k * H + first, n))
-            at += U
+    for k in range(0, K, PAGES):
+        end = min(k + PAGES, K)
+        for block in range(low, high):
+            first, at = block * U, block * K * U
+            n = min(U, H - first)
+            for row in range(k, end):
+                store(panels, at + row * U, load_part(weight, row * H + first, n))
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def product(
     a: Any, a_at: int, a_stride: int, rows: int, w: Any, w_at: int, K: int, panels: int, z: Any, z_at: int,
     z_stride: int, fresh: bool,
@@ -108,7 +148,7 @@ def product(
                 row += n
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def still_active(active: int, steps: Any, t: int) -> int:
     """Return how many sequences have a step t; they come first, as `steps` never increases."""
     while active > 0 and steps[active - 1] <= t:
@@ -118,7 +158,19 @@ def still_active(active: int, steps: Any, t: int) -> int:
     return active
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
+def group_size(left: int) -> int:
+    """Return how many of the sequences that are left make the next group, so that the last is not tiny."""
+    return left if left <= LARGEST_GROUP else GROUP
+
+
+@compiled
+def sigmoid(x: Any) -> Any:
+    """Return 1 / (1 + exp(-x)) of a vector."""
+    return 0.5 * tanh(0.5 * x) + 0.5
+
+
+@compiled
 def clear_padding(array: Any, order: Any, steps: Any, T: int, B: int, N: int) -> None:
     """Set array (T, B, N) to zero behind each sequence's end."""
     for r in range(order.size):
@@ -128,7 +180,7 @@ def clear_padding(array: Any, order: Any, steps: Any, T: int, B: int, N: int) ->
                 array[at + k] = 0.0
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def rows_to_blocks(array: Any, order: Any, H: int, blocks: Any) -> None:
     """Copy rows of array (B, H) into blocks (., rows, lanes), with zeros behind H."""
     U, rows = lanes(array), order.size
@@ -138,17 +190,17 @@ def rows_to_blocks(array: Any, order: Any, H: int, blocks: Any) -> None:
             store(blocks, (j * rows + r) * U, load_part(array, order[r] * H + j * U, n))
 
 
-@compiled  # type: ignore[untyped-decorator]
-def blocks_to_rows(blocks: Any, order: Any, H: int, low: int, high: int, array: Any) -> None:
-    """Copy the blocks low to high of (., rows, lanes) into rows of array (B, H)."""
+@compiled
+def blocks_to_rows(blocks: Any, order: Any, H: int, array: Any) -> None:
+    """Copy blocks (., rows, lanes) into rows of array (B, H)."""
     U, rows = lanes(array), order.size
     for r in range(rows):
-        for j in range(low, high):
+        for j in range((H + U - 1) // U):
             n = min(U, H - j * U)
             store_part(array, order[r] * H + j * U, load(blocks, (j * rows + r) * U), n)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def put_states(h_0: Any, order: Any, H: int, stride: int, h: Any) -> None:
     """Copy rows of h_0 (B, H) into both halves of h: they hold h before and after a step, in turns."""
     rows = order.size
@@ -157,33 +209,33 @@ def put_states(h_0: Any, order: Any, H: int, stride: int, h: Any) -> None:
             h[r * stride + k] = h[(rows + r) * stride + k] = h_0[order[r] * H + k]
 
 
-@compiled  # type: ignore[untyped-decorator]
-def final_states(
-    h: Any, order: Any, steps: Any, reverse: bool, H: int, stride: int, low: int, high: int, h_n: Any
-) -> None:
-    """Copy units low to high of the last states into h_n (B, H), from where each one's last step left it."""
+@compiled
+def final_states(h: Any, order: Any, steps: Any, reverse: bool, H: int, stride: int, h_n: Any) -> None:
+    """Copy the last states into h_n (B, H), from where each one's last step left it."""
     rows = order.size
     for r in range(rows):
         last = steps[0] if reverse else steps[r]
         at = ((last % 2) * rows + r) * stride
-        for k in range(low, min(high, H)):
+        for k in range(H):
             h_n[order[r] * H + k] = h[at + k]
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def row_stride(N: int, U: int) -> int:
     """Return a distance for rows of N: no power of two, which would put all rows into one set of a cache."""
     return (N + U - 1) // U * U + U
 
 
-@compiled  # type: ignore[untyped-decorator]
-def prefetch_rows(array: Any, at: int, order: Any, active: int, stride: int, parts: int, part: int) -> None:
-    """Bring near array[at + order[r] * stride + k * part] for r < active, k < parts, while a product runs.
+@compiled
+def prefetch_rows(
+    array: Any, at: int, order: Any, first: int, count: int, stride: int, parts: int, part: int
+) -> None:
+    """Bring near array[at + order[r] * stride + k * part] of `count` rows, k < parts, while a product runs.
 
     Rows lie far apart, so that the processor does not foresee them: without this the
     forward scan of an LSTM took 9.9 ms instead of 6.7 at T=100, B=32, H=128.
     """
-    for r in range(active):
+    for r in range(first, first + count):
         here = at + order[r] * stride
         for k in range(parts):
             prefetch(array, here + k * part)

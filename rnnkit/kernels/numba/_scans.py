@@ -5,9 +5,10 @@ as `order` (indices into the batch, longest first) and `steps` (how many each ha
 tile reads and writes only rows of its own sequences, so tiles may run at the same time.
 
 `team`, `shared` and `leader` are for several threads on one tile (see `_team`), each of which computes the
-blocks `low` to `high` of the hidden units. What all of them read, h or d_z, is in `shared`, twice: a step
-reads one half and writes the other, so that one meeting a step is enough. Nothing is allocated once
-`join` has returned: a member that failed would leave the others waiting.
+blocks `low` to `high` of the hidden units. Members may be more at the next step, so all states are in
+`shared`. What all of them read, h or d_z, is there twice: a step reads one half and writes the other, so that
+one meeting a step is enough. For the same reason a step back begins with the product that the step before it
+has left. Nothing is allocated after `enter`: a member that failed would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -17,22 +18,25 @@ from typing import Any
 import numpy as np
 
 from ._pieces import (
+    LARGEST_GROUP,
     blocks_to_rows,
     clear_padding,
     compiled,
     final_states,
+    group_size,
     prefetch_rows,
     product,
     put_states,
     row_stride,
     rows_to_blocks,
+    sigmoid,
     still_active,
 )
 from ._simd import lanes, load, load_part, relu, store, store_part, tanh, where_positive
-from ._team import join, meet
+from ._team import enter, next_phase
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def lstm_forward(
     order: Any, steps: Any, gates: Any, h_0: Any, c_0: Any, panels: Any, output: Any, h_n: Any, c_n: Any,
     c_prev: Any, T: int, B: int, H: int, reverse: bool, save: bool, team: Any, shared: Any,
@@ -41,55 +45,65 @@ def lstm_forward(
     """Compute output, h_n, c_n; with `save` also c_prev, and gates after their nonlinearity, in place."""
     U, b = lanes(gates), order.size
     blocks, stride = (H + U - 1) // U, row_stride(H, U)
-    h = shared if shared.size else np.empty(2 * b * stride, gates.dtype)
+    room = shared if shared.size else np.empty(2 * b * stride + blocks * b * U, gates.dtype)
+    h, c = room[: 2 * b * stride], room[2 * b * stride :]
     if leader:
         clear_padding(output, order, steps, T, B, H)
         put_states(h_0, order, H, stride, h)
-    c = np.empty(blocks * b * U, gates.dtype)
-    rows_to_blocks(c_0, order, H, c)
-    z = np.empty(4 * b * U, gates.dtype)
-    me, members = join(team, leader)
-    if members < 1:
-        return
-    low, high = blocks * me // members, blocks * (me + 1) // members
-    active = 0
-    for step in range(steps[0]):
+        rows_to_blocks(c_0, order, H, c)
+    rows = min(b, LARGEST_GROUP)
+    z = np.empty(4 * rows * U, gates.dtype)
+    me, active = enter(team, leader), 0
+    phase, members = next_phase(team, me, 0, steps[0])
+    while phase <= steps[0]:
+        step = phase - 1
+        low, high = blocks * me // members, blocks * (me + 1) // members
         t = steps[0] - 1 - step if reverse else step
         active = still_active(active, steps, t)
         now, new = (step % 2) * b * stride, (1 - step % 2) * b * stride
         for j in range(low, high):
             n = min(U, H - j * U)
             last = j * U + n - 1
-            prefetch_rows(gates, t * B * 4 * H + last, order, active, 4 * H, 4, H)
-            prefetch_rows(output, t * B * H + last, order, active, H, 1, 0)
-            if save:
-                prefetch_rows(c_prev, t * B * H + last, order, active, H, 1, 0)
-            product(h, now, stride, active, panels, j * 4 * H * U, H, 4, z, 0, b * U, True)
-            for r in range(active):
-                row = t * B + order[r]
-                at, to = row * 4 * H + j * U, row * H + j * U
-                i = 0.5 * tanh(0.5 * (load_part(gates, at, n) + load(z, r * U))) + 0.5
-                f = 0.5 * tanh(0.5 * (load_part(gates, at + H, n) + load(z, (b + r) * U))) + 0.5
-                g = tanh(load_part(gates, at + 2 * H, n) + load(z, (2 * b + r) * U))
-                o = 0.5 * tanh(0.5 * (load_part(gates, at + 3 * H, n) + load(z, (3 * b + r) * U))) + 0.5
-                c_old = load(c, (j * b + r) * U)
-                c_new = f * c_old + i * g
-                h_new = o * tanh(c_new)
-                store(c, (j * b + r) * U, c_new)
-                store(h, new + r * stride + j * U, h_new)
-                store_part(output, to, h_new, n)
+            start = 0
+            while start < active:
+                count = group_size(active - start)
+                prefetch_rows(gates, t * B * 4 * H + last, order, start, count, 4 * H, 4, H)
+                prefetch_rows(output, t * B * H + last, order, start, count, H, 1, 0)
                 if save:
-                    store_part(gates, at, i, n)
-                    store_part(gates, at + H, f, n)
-                    store_part(gates, at + 2 * H, g, n)
-                    store_part(gates, at + 3 * H, o, n)
-                    store_part(c_prev, to, c_old, n)
-        meet(team, members, step)
-    final_states(h, order, steps, reverse, H, stride, low * U, high * U, h_n)
-    blocks_to_rows(c, order, H, low, high, c_n)
+                    prefetch_rows(c_prev, t * B * H + last, order, start, count, H, 1, 0)
+                product(
+                    h, now + start * stride, stride, count, panels, j * 4 * H * U, H, 4,
+                    z, 0, rows * U, True,
+                )  # fmt: skip
+                for r in range(start, start + count):
+                    q = r - start
+                    row = t * B + order[r]
+                    at, to = row * 4 * H + j * U, row * H + j * U
+                    i = sigmoid(load_part(gates, at, n) + load(z, q * U))
+                    f = sigmoid(load_part(gates, at + H, n) + load(z, (rows + q) * U))
+                    g = tanh(load_part(gates, at + 2 * H, n) + load(z, (2 * rows + q) * U))
+                    o = sigmoid(load_part(gates, at + 3 * H, n) + load(z, (3 * rows + q) * U))
+                    c_old = load(c, (j * b + r) * U)
+                    c_new = f * c_old + i * g
+                    h_new = o * tanh(c_new)
+                    store(c, (j * b + r) * U, c_new)
+                    store(h, new + r * stride + j * U, h_new)
+                    store_part(output, to, h_new, n)
+                    if save:
+                        store_part(gates, at, i, n)
+                        store_part(gates, at + H, f, n)
+                        store_part(gates, at + 2 * H, g, n)
+                        store_part(gates, at + 3 * H, o, n)
+                        store_part(c_prev, to, c_old, n)
+                start += count
+        phase, members = next_phase(team, me, phase, steps[0])
+    if me > 0:
+        return
+    final_states(h, order, steps, reverse, H, stride, h_n)
+    blocks_to_rows(c, order, H, c_n)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def lstm_backward(
     order: Any, steps: Any, gates: Any, c_prev: Any, d_output: Any, d_h_n: Any, d_c_n: Any, panels: Any,
     d_h_0: Any, d_c_0: Any, T: int, B: int, H: int, reverse: bool, team: Any, shared: Any,
@@ -98,21 +112,27 @@ def lstm_backward(
     """Turn the saved gates into d_gates, in place; compute d_h_0 and d_c_0."""
     U, b = lanes(gates), order.size
     blocks, stride = (H + U - 1) // U, row_stride(4 * H, U)
+    state, twice = blocks * b * U, 2 * b * stride
+    room = shared if shared.size else np.empty(twice + 2 * state, gates.dtype)
+    d_z, d_h, d_c = room[:twice], room[twice : twice + state], room[twice + state :]
     if leader:
         clear_padding(gates, order, steps, T, B, 4 * H)
-    d_h, d_c = np.empty(blocks * b * U, gates.dtype), np.empty(blocks * b * U, gates.dtype)
-    rows_to_blocks(d_h_n, order, H, d_h)
-    rows_to_blocks(d_c_n, order, H, d_c)
-    d_z = shared if shared.size else np.empty(2 * b * stride, gates.dtype)
-    me, members = join(team, leader)
-    if members < 1:
-        return
-    low, high = blocks * me // members, blocks * (me + 1) // members
-    active = 0
-    for step in range(steps[0]):
+        rows_to_blocks(d_h_n, order, H, d_h)
+        rows_to_blocks(d_c_n, order, H, d_c)
+    me, active, last = enter(team, leader), 0, steps[0] + 1
+    phase, members = next_phase(team, me, 0, last)
+    while phase <= last:
+        step = phase - 1
+        low, high = blocks * me // members, blocks * (me + 1) // members
+        now, before = (step % 2) * b * stride, (1 - step % 2) * b * stride
         t = step if reverse else steps[0] - 1 - step
-        active = still_active(active, steps, t)
-        now = (step % 2) * b * stride
+        if step > 0:
+            active = still_active(active, steps, t - 1 if reverse else t + 1)
+            product(
+                d_z, before, stride, active, panels, low * 4 * H * U, 4 * H, high - low,
+                d_h, low * b * U, b * U, True,
+            )  # fmt: skip
+        active = still_active(active, steps, t) if phase < last else 0
         for r in range(active):
             row = t * B + order[r]
             for j in range(low, high):
@@ -137,16 +157,14 @@ def lstm_backward(
                 store_part(d_z, col + H, d_f, n)
                 store_part(d_z, col + 2 * H, d_g, n)
                 store_part(d_z, col + 3 * H, d_o, n)
-        meet(team, members, step)
-        product(
-            d_z, now, stride, active, panels, low * 4 * H * U, 4 * H, high - low,
-            d_h, low * b * U, b * U, True,
-        )  # fmt: skip
-    blocks_to_rows(d_h, order, H, low, high, d_h_0)
-    blocks_to_rows(d_c, order, H, low, high, d_c_0)
+        phase, members = next_phase(team, me, phase, last)
+    if me > 0:
+        return
+    blocks_to_rows(d_h, order, H, d_h_0)
+    blocks_to_rows(d_c, order, H, d_c_0)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def gru_forward(
     order: Any, steps: Any, gates: Any, h_0: Any, bias_hn: Any, panels: Any, output: Any, h_n: Any,
     recurrent_n: Any, T: int, B: int, H: int, reverse: bool, save: bool, team: Any, shared: Any,
@@ -159,45 +177,55 @@ def gru_forward(
     if leader:
         clear_padding(output, order, steps, T, B, H)
         put_states(h_0, order, H, stride, h)
-    z = np.empty(3 * b * U, gates.dtype)
-    me, members = join(team, leader)
-    if members < 1:
-        return
-    low, high = blocks * me // members, blocks * (me + 1) // members
-    active = 0
-    for step in range(steps[0]):
+    rows = min(b, LARGEST_GROUP)
+    z = np.empty(3 * rows * U, gates.dtype)
+    me, active = enter(team, leader), 0
+    phase, members = next_phase(team, me, 0, steps[0])
+    while phase <= steps[0]:
+        step = phase - 1
+        low, high = blocks * me // members, blocks * (me + 1) // members
         t = steps[0] - 1 - step if reverse else step
         active = still_active(active, steps, t)
         now, new = (step % 2) * b * stride, (1 - step % 2) * b * stride
         for j in range(low, high):
             n = min(U, H - j * U)
             last = j * U + n - 1
-            prefetch_rows(gates, t * B * 3 * H + last, order, active, 3 * H, 3, H)
-            prefetch_rows(output, t * B * H + last, order, active, H, 1, 0)
-            if save:
-                prefetch_rows(recurrent_n, t * B * H + last, order, active, H, 1, 0)
-            product(h, now, stride, active, panels, j * 3 * H * U, H, 3, z, 0, b * U, True)
             bias = load_part(bias_hn, j * U, n)
-            for r in range(active):
-                row = t * B + order[r]
-                at, to = row * 3 * H + j * U, row * H + j * U
-                reset = 0.5 * tanh(0.5 * (load_part(gates, at, n) + load(z, r * U))) + 0.5
-                update = 0.5 * tanh(0.5 * (load_part(gates, at + H, n) + load(z, (b + r) * U))) + 0.5
-                w_n = load(z, (2 * b + r) * U) + bias
-                candidate = tanh(load_part(gates, at + 2 * H, n) + reset * w_n)
-                h_new = (1.0 - update) * candidate + update * load(h, now + r * stride + j * U)
-                store(h, new + r * stride + j * U, h_new)
-                store_part(output, to, h_new, n)
+            start = 0
+            while start < active:
+                count = group_size(active - start)
+                prefetch_rows(gates, t * B * 3 * H + last, order, start, count, 3 * H, 3, H)
+                prefetch_rows(output, t * B * H + last, order, start, count, H, 1, 0)
                 if save:
-                    store_part(gates, at, reset, n)
-                    store_part(gates, at + H, update, n)
-                    store_part(gates, at + 2 * H, candidate, n)
-                    store_part(recurrent_n, to, w_n, n)
-        meet(team, members, step)
-    final_states(h, order, steps, reverse, H, stride, low * U, high * U, h_n)
+                    prefetch_rows(recurrent_n, t * B * H + last, order, start, count, H, 1, 0)
+                product(
+                    h, now + start * stride, stride, count, panels, j * 3 * H * U, H, 3,
+                    z, 0, rows * U, True,
+                )  # fmt: skip
+                for r in range(start, start + count):
+                    q = r - start
+                    row = t * B + order[r]
+                    at, to = row * 3 * H + j * U, row * H + j * U
+                    reset = sigmoid(load_part(gates, at, n) + load(z, q * U))
+                    update = sigmoid(load_part(gates, at + H, n) + load(z, (rows + q) * U))
+                    w_n = load(z, (2 * rows + q) * U) + bias
+                    candidate = tanh(load_part(gates, at + 2 * H, n) + reset * w_n)
+                    h_new = (1.0 - update) * candidate + update * load(h, now + r * stride + j * U)
+                    store(h, new + r * stride + j * U, h_new)
+                    store_part(output, to, h_new, n)
+                    if save:
+                        store_part(gates, at, reset, n)
+                        store_part(gates, at + H, update, n)
+                        store_part(gates, at + 2 * H, candidate, n)
+                        store_part(recurrent_n, to, w_n, n)
+                start += count
+        phase, members = next_phase(team, me, phase, steps[0])
+    if me > 0:
+        return
+    final_states(h, order, steps, reverse, H, stride, h_n)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def gru_backward(
     order: Any, steps: Any, gates: Any, recurrent_n: Any, h_0: Any, output: Any, d_output: Any, d_h_n: Any,
     panels: Any, d_h_0: Any, T: int, B: int, H: int, reverse: bool, team: Any, shared: Any,
@@ -206,21 +234,26 @@ def gru_backward(
     """Turn the saved gates and recurrent_n into d_gates and d_recurrent_n, in place; compute d_h_0."""
     U, b = lanes(gates), order.size
     blocks, stride = (H + U - 1) // U, row_stride(3 * H, U)
+    room = shared if shared.size else np.empty(2 * b * stride + blocks * b * U, gates.dtype)
+    d_w, d_h = room[: 2 * b * stride], room[2 * b * stride :]
     if leader:
+        rows_to_blocks(d_h_n, order, H, d_h)
         clear_padding(gates, order, steps, T, B, 3 * H)
         clear_padding(recurrent_n, order, steps, T, B, H)
-    d_h = np.empty(blocks * b * U, gates.dtype)
-    rows_to_blocks(d_h_n, order, H, d_h)
-    d_w = shared if shared.size else np.empty(2 * b * stride, gates.dtype)
-    me, members = join(team, leader)
-    if members < 1:
-        return
-    low, high = blocks * me // members, blocks * (me + 1) // members
-    active = 0
-    for step in range(steps[0]):
+    me, active, last = enter(team, leader), 0, steps[0] + 1
+    phase, members = next_phase(team, me, 0, last)
+    while phase <= last:
+        step = phase - 1
+        low, high = blocks * me // members, blocks * (me + 1) // members
+        now, before = (step % 2) * b * stride, (1 - step % 2) * b * stride
         t = step if reverse else steps[0] - 1 - step
-        active = still_active(active, steps, t)
-        now = (step % 2) * b * stride
+        if step > 0:
+            active = still_active(active, steps, t - 1 if reverse else t + 1)
+            product(
+                d_w, before, stride, active, panels, low * 3 * H * U, 3 * H, high - low,
+                d_h, low * b * U, b * U, False,
+            )  # fmt: skip
+        active = still_active(active, steps, t) if phase < last else 0
         for r in range(active):
             row = t * B + order[r]
             t_prev = t + 1 if reverse else t - 1
@@ -247,15 +280,13 @@ def gru_backward(
                 store_part(d_w, col, d_r, n)
                 store_part(d_w, col + H, d_u, n)
                 store_part(d_w, col + 2 * H, d_w_n, n)
-        meet(team, members, step)
-        product(
-            d_w, now, stride, active, panels, low * 3 * H * U, 3 * H, high - low,
-            d_h, low * b * U, b * U, False,
-        )  # fmt: skip
-    blocks_to_rows(d_h, order, H, low, high, d_h_0)
+        phase, members = next_phase(team, me, phase, last)
+    if me > 0:
+        return
+    blocks_to_rows(d_h, order, H, d_h_0)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def rnn_forward(
     order: Any, steps: Any, gates: Any, h_0: Any, panels: Any, output: Any, h_n: Any, T: int, B: int,
     H: int, rectified: bool, reverse: bool, team: Any, shared: Any, leader: bool,
@@ -267,35 +298,45 @@ def rnn_forward(
     if leader:
         clear_padding(output, order, steps, T, B, H)
         put_states(h_0, order, H, stride, h)
-    z = np.empty(4 * b * U, gates.dtype)
-    me, members = join(team, leader)
-    if members < 1:
-        return
-    low, high = blocks * me // members, blocks * (me + 1) // members
-    active = 0
-    for step in range(steps[0]):
+    rows = min(b, LARGEST_GROUP)
+    z = np.empty(4 * rows * U, gates.dtype)
+    me, active = enter(team, leader), 0
+    phase, members = next_phase(team, me, 0, steps[0])
+    while phase <= steps[0]:
+        step = phase - 1
+        low, high = blocks * me // members, blocks * (me + 1) // members
         t = steps[0] - 1 - step if reverse else step
         active = still_active(active, steps, t)
         now, new = (step % 2) * b * stride, (1 - step % 2) * b * stride
         for first in range(low, high, 4):  # four blocks at a time, like the four gates of an LSTM
             group = min(4, high - first)
             last = min((first + group) * U, H) - 1
-            prefetch_rows(gates, t * B * H + last, order, active, H, 1, 0)
-            prefetch_rows(output, t * B * H + last, order, active, H, 1, 0)
-            product(h, now, stride, active, panels, first * H * U, H, group, z, 0, b * U, True)
-            for r in range(active):
-                row = (t * B + order[r]) * H
-                for j in range(first, first + group):
-                    n = min(U, H - j * U)
-                    a = load_part(gates, row + j * U, n) + load(z, ((j - first) * b + r) * U)
-                    h_new = relu(a) if rectified else tanh(a)
-                    store(h, new + r * stride + j * U, h_new)
-                    store_part(output, row + j * U, h_new, n)
-        meet(team, members, step)
-    final_states(h, order, steps, reverse, H, stride, low * U, high * U, h_n)
+            start = 0
+            while start < active:
+                count = group_size(active - start)
+                prefetch_rows(gates, t * B * H + last, order, start, count, H, 1, 0)
+                prefetch_rows(output, t * B * H + last, order, start, count, H, 1, 0)
+                product(
+                    h, now + start * stride, stride, count, panels, first * H * U, H, group,
+                    z, 0, rows * U, True,
+                )  # fmt: skip
+                for r in range(start, start + count):
+                    q = r - start
+                    row = (t * B + order[r]) * H
+                    for j in range(first, first + group):
+                        n = min(U, H - j * U)
+                        a = load_part(gates, row + j * U, n) + load(z, ((j - first) * rows + q) * U)
+                        h_new = relu(a) if rectified else tanh(a)
+                        store(h, new + r * stride + j * U, h_new)
+                        store_part(output, row + j * U, h_new, n)
+                start += count
+        phase, members = next_phase(team, me, phase, steps[0])
+    if me > 0:
+        return
+    final_states(h, order, steps, reverse, H, stride, h_n)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def rnn_backward(
     order: Any, steps: Any, output: Any, d_output: Any, d_h_n: Any, panels: Any, d_gates: Any, d_h_0: Any,
     T: int, B: int, H: int, rectified: bool, reverse: bool, team: Any, shared: Any, leader: bool,
@@ -303,20 +344,25 @@ def rnn_backward(
     """Compute d_gates and d_h_0."""
     U, b = lanes(d_gates), order.size
     blocks, stride = (H + U - 1) // U, row_stride(H, U)
+    room = shared if shared.size else np.empty(2 * b * stride + blocks * b * U, d_gates.dtype)
+    d_z, d_h = room[: 2 * b * stride], room[2 * b * stride :]
     if leader:
+        rows_to_blocks(d_h_n, order, H, d_h)
         clear_padding(d_gates, order, steps, T, B, H)
-    d_h = np.empty(blocks * b * U, d_gates.dtype)
-    rows_to_blocks(d_h_n, order, H, d_h)
-    d_z = shared if shared.size else np.empty(2 * b * stride, d_gates.dtype)
-    me, members = join(team, leader)
-    if members < 1:
-        return
-    low, high = blocks * me // members, blocks * (me + 1) // members
-    active = 0
-    for step in range(steps[0]):
+    me, active, last = enter(team, leader), 0, steps[0] + 1
+    phase, members = next_phase(team, me, 0, last)
+    while phase <= last:
+        step = phase - 1
+        low, high = blocks * me // members, blocks * (me + 1) // members
+        now, before = (step % 2) * b * stride, (1 - step % 2) * b * stride
         t = step if reverse else steps[0] - 1 - step
-        active = still_active(active, steps, t)
-        now = (step % 2) * b * stride
+        if step > 0:
+            active = still_active(active, steps, t - 1 if reverse else t + 1)
+            product(
+                d_z, before, stride, active, panels, low * H * U, H, high - low,
+                d_h, low * b * U, b * U, True,
+            )  # fmt: skip
+        active = still_active(active, steps, t) if phase < last else 0
         for r in range(active):
             row = (t * B + order[r]) * H
             for j in range(low, high):
@@ -326,9 +372,7 @@ def rnn_backward(
                 d_a = where_positive(h, d_a) if rectified else d_a * (1.0 - h * h)
                 store_part(d_gates, row + j * U, d_a, n)
                 store(d_z, now + r * stride + j * U, d_a)
-        meet(team, members, step)
-        product(
-            d_z, now, stride, active, panels, low * H * U, H, high - low,
-            d_h, low * b * U, b * U, True,
-        )  # fmt: skip
-    blocks_to_rows(d_h, order, H, low, high, d_h_0)
+        phase, members = next_phase(team, me, phase, last)
+    if me > 0:
+        return
+    blocks_to_rows(d_h, order, H, d_h_0)

@@ -213,29 +213,35 @@ def store_part(typing: Any, array: Any, at: Any, value: Any, count: Any) -> Any:
 def transpose(typing: Any, source: Any, at: Any, stride: Any, target: Any, to: Any) -> Any:
     """Put the transpose of a square, whose rows begin `stride` apart at source[at], to target[to] and behind.
 
-    In registers, by log2(lanes) rounds of merging: in round k row r takes every lane from rows r and
-    r + lanes / 2 in turns.
+    By four squares of half the size, as many rows as fit the registers, each by log2(rows) rounds of merging:
+    in round k row r takes every lane from rows r and r + rows / 2 in turns.
     """
-    vector = Vector(source.dtype)
-    N = vector.lanes
+    lanes_ = Vector(source.dtype).lanes
+    N, element = lanes_ // 2, Vector(source.dtype).llvm.element
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         source_, at_, stride_, target_, to_ = args
-        rows = []
-        for r in range(N):
-            place = builder.add(at_, builder.mul(stride_, ir.IntType(64)(r)))
-            rows.append(_load(builder, vector, _address(context, builder, source, source_, place)))
-        index = ir.VectorType(ir.IntType(32), N)
-        masks = [
-            ir.Constant(index, [half * N // 2 + k // 2 + (k % 2) * N for k in range(N)]) for half in (0, 1)
-        ]
-        for _ in range(N.bit_length() - 1):
+        half, index, i64 = ir.VectorType(element, N), ir.VectorType(ir.IntType(32), N), ir.IntType(64)
+        align = element.get_abi_size(context.target_data)
+        masks = [ir.Constant(index, [h * N // 2 + k // 2 + (k % 2) * N for k in range(N)]) for h in (0, 1)]
+
+        def place(kind: Any, array: Any, start: Any, stride: Any, row: int, column: int) -> Any:
+            offset = builder.add(builder.mul(stride, i64(row)), i64(column))
+            address = _address(context, builder, kind, array, builder.add(start, offset))
+            return builder.bitcast(address, half.as_pointer())
+
+        for top, left in ((0, 0), (0, N), (N, 0), (N, N)):
             rows = [
-                builder.shuffle_vector(rows[r // 2], rows[r // 2 + N // 2], masks[r % 2]) for r in range(N)
+                builder.load(place(source, source_, at_, stride_, top + r, left), align=align)
+                for r in range(N)
             ]
-        for r in range(N):
-            place = builder.add(to_, ir.IntType(64)(r * N))
-            _store(builder, vector, rows[r], _address(context, builder, target, target_, place))
+            for _ in range(N.bit_length() - 1):
+                rows = [
+                    builder.shuffle_vector(rows[r // 2], rows[r // 2 + N // 2], masks[r % 2])
+                    for r in range(N)
+                ]
+            for r in range(N):
+                builder.store(rows[r], place(target, target_, to_, i64(lanes_), left + r, top), align=align)
         return context.get_dummy_value()
 
     i64 = types.int64
@@ -351,6 +357,33 @@ def where_positive(typing: Any, condition: Any, value: Any) -> Any:
         return builder.select(builder.fcmp_ordered(">", args[0], zero), args[1], zero)
 
     return value(condition, value), lower
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def multiply_add(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """Return a * b + c, rounded once where the processor can."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _call(builder, "fmuladd", a, *args)
+
+    return a(a, b, c), lower
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def total(typing: Any, x: Any) -> Any:
+    """Return the sum of the elements, by halves: first each with the one half a vector away."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value, count = args[0], x.lanes
+        while count > 1:
+            count //= 2
+            kind = ir.VectorType(ir.IntType(32), count)
+            halves = [ir.Constant(kind, list(range(at, at + count))) for at in (0, count)]
+            undefined = ir.Constant(value.type, ir.Undefined)
+            value = builder.fadd(*(builder.shuffle_vector(value, undefined, half) for half in halves))
+        return builder.extract_element(value, ir.IntType(32)(0))
+
+    return x.dtype(x), lower
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]

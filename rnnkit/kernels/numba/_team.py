@@ -1,117 +1,67 @@
 """Several threads on one tile, for a batch that is smaller than the number of threads.
 
-Each member computes its share of the hidden units, and all meet once a step. Who is a member is settled
-when the scan begins: the leader waits a moment for helpers, then closes the door; who comes later goes
-away again. So nobody ever waits for a thread that has not begun, and a busy pool costs speed, no more.
+A scan is cut into phases, one for each time step. Each member computes its share of the hidden units, and
+all meet between two phases. Nobody waits for a thread that has not come yet: the leader, which is the
+calling thread, begins alone, and when it opens a phase it counts in the helpers that have joined by then. A
+thread of the pool needs 30 microseconds to wake up, 100 and more if its processor slept; a time step of
+H=256 takes 20. A busy pool costs speed, no more.
 
 `team` is an array of counters, each on a cache line of its own; it is empty for a leader without helpers.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-import llvmlite.ir as ir
 import numpy as np
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
+from ._atomic import FOREVER, add, read, wait, write
 from ._pieces import compiled
 
-JOINED, MEMBERS, ARRIVED, WANTED, LINES = 0, 8, 16, 24, 32
-POSSIBLE = os.name == "posix"  # elsewhere there is no sched_yield to link with
-_CLOSED = 1 << 32  # added to JOINED: whoever joins now sees that it is too late
-_SPINS = 4000  # looks at a counter before the processor is offered to other threads
-_PATIENCE = 5  # such offers before the leader begins with the helpers that are there
+# How many helpers have joined; the phase that is open and who shares it, in one word, or -1 at the end; how
+# often helpers have finished a phase, and how often they should have.
+JOINED, OPEN, ARRIVED, EXPECTED, _SIZE = 0, 8, 16, 24, 32
+_MEMBERS = 1 << 16  # a word of OPEN is phase * _MEMBERS + members
 
 
-def new_team(wanted: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return the counters of a team with up to that many helpers."""
-    team = np.zeros(LINES, np.int64)
-    team[WANTED] = wanted
-    return team
+def new_team() -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return the counters of a team."""
+    return np.zeros(_SIZE, np.int64)
 
 
 def dissolve(team: np.ndarray[Any, np.dtype[np.int64]]) -> None:
-    """Send helpers away whose leader will not come."""
-    team[MEMBERS] = -1
+    """Send the helpers away."""
+    team[OPEN] = -1
 
 
-def _counter(context: Any, builder: Any, kind: Any, team: Any, at: Any) -> Any:
-    return builder.gep(context.make_array(kind)(context, builder, team).data, [at])
+@compiled
+def enter(team: Any, leader: bool) -> int:
+    """Join, and return the own number: 0 for the leader."""
+    return 0 if leader else add(team, JOINED, 1) + 1
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _add(typing: Any, team: Any, at: Any, value: Any) -> Any:
-    """Add to a counter, as one indivisible act; return what it was before."""
+@compiled
+def next_phase(team: Any, me: int, phase: int, last: int) -> Any:
+    """Finish a phase, 0 at first; return the next one and how many members share it.
 
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        counter = _counter(context, builder, sig.args[0], args[0], args[1])
-        return builder.atomic_rmw("add", counter, args[2], "seq_cst")
-
-    return types.int64(team, types.int64, types.int64), lower
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _read(typing: Any, team: Any, at: Any) -> Any:
-    """Return a counter, and with it see what its writers wrote before."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.load_atomic(_counter(context, builder, sig.args[0], *args), "acquire", 8)
-
-    return types.int64(team, types.int64), lower
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _yield_processor(typing: Any) -> Any:
-    """Let other threads run: POSIX sched_yield."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
-        return context.get_dummy_value()
-
-    return types.void(), lower
-
-
-@compiled  # type: ignore[untyped-decorator]
-def _wait(team: Any, at: int, least: int, patience: int) -> None:
-    """Wait until a counter is at least that high or negative, or until patience ends; 0 has no end."""
-    offers = 0
-    while True:
-        for _ in range(_SPINS):
-            value = _read(team, at)
-            if value >= least or value < 0:
-                return
-        _yield_processor()
-        offers += 1
-        if offers == patience:
-            return
-
-
-@compiled  # type: ignore[untyped-decorator]
-def join(team: Any, leader: bool) -> Any:
-    """Return the own number and the number of members; both are negative if there is nothing to do."""
+    A phase above `last` means that all is done, for the leader that all members are.
+    """
     if team.size == 0:
-        return 0, 1
-    if leader:
-        _wait(team, JOINED, team[WANTED], _PATIENCE)
-        members = _add(team, JOINED, _CLOSED) + 1
-        _add(team, MEMBERS, members)
-        return 0, members
-    me = _add(team, JOINED, 1) + 1
-    if me >= _CLOSED:
-        return -1, -1
-    _wait(team, MEMBERS, 1, 0)
-    members = _read(team, MEMBERS)
-    return (me, members) if members > 0 else (-1, -1)
-
-
-@compiled  # type: ignore[untyped-decorator]
-def meet(team: Any, members: int, step: int) -> None:
-    """Wait until all members have finished this step."""
-    if members > 1:
-        _add(team, ARRIVED, 1)
-        _wait(team, ARRIVED, members * (step + 1), 0)
+        return phase + 1, 1
+    if me == 0:
+        wait(team, ARRIVED, team[EXPECTED], FOREVER)
+        phase += 1
+        members = read(team, JOINED) + 1 if phase <= last else 1
+        if members > 1:
+            team[EXPECTED] += members - 1
+            write(team, OPEN, phase * _MEMBERS + members)
+        return phase, members
+    if phase > 0:
+        add(team, ARRIVED, 1)
+    while True:
+        word = wait(team, OPEN, (phase + 1) * _MEMBERS, FOREVER)
+        if word < 0:
+            return last + 1, 1
+        phase = word // _MEMBERS
+        if me < word % _MEMBERS:
+            return phase, word % _MEMBERS
