@@ -192,30 +192,34 @@ class Stack(Layer):
 
         All else, errors included, takes the general way.
         """
-        dtype = self._params.flat.dtype
-        if type(x_t) is not np.ndarray or x_t.ndim != 2 or x_t.dtype != dtype or self._dtype == "float16":
+        dtype = self._step_dtype
+        if type(x_t) is not np.ndarray or x_t.dtype != dtype or not x_t.flags.carray:
+            return False
+        if x_t.ndim != 2 or x_t.shape[1] != self.input_size:
             return False
         parts = state if isinstance(state, tuple) else (state,)
-        sizes, _ = self._state_sizes()
-        if x_t.shape[1] != self.input_size or len(parts) != len(sizes):
+        if len(parts) != len(self._step_sizes):
             return False
-        return all(
-            type(part) is np.ndarray and part.dtype == dtype and part.flags.c_contiguous
-            and part.shape == (self.num_layers, len(x_t), size)
-            for part, size in zip(parts, sizes, strict=True)
-        )  # fmt: skip
+        layers, B = self.num_layers, len(x_t)
+        for part, size in zip(parts, self._step_sizes, strict=True):
+            if type(part) is not np.ndarray or part.dtype != dtype or part.shape != (layers, B, size):
+                return False
+            if not part.flags.carray:
+                return False
+        return True
 
     def _quick_step(self, x_t: Array, state: State) -> tuple[Array, State]:
         """Do what `_run` does, without what a single step of NumPy arrays has no need of."""
-        states = state if isinstance(state, tuple) else (state,)
-        kernels = self._kernels()
-        finals = []
-        for layer, (direction,) in enumerate(self._directions):
-            x_t, final = direction.step(kernels, x_t, [kind[layer] for kind in states])
-            finals.append(final)
-        kinds = [list(kind) for kind in zip(*finals, strict=True)]
-        state = [kind[0][None] if len(kind) == 1 else np.stack(kind) for kind in kinds]
-        return x_t, state[0] if len(state) == 1 else tuple(state)
+        states, kernels = state if isinstance(state, tuple) else (state,), self._kernels()
+        if self.num_layers == 1:
+            x_t, final = self._directions[0][0].step(kernels, x_t, list(states))
+        else:
+            finals = []
+            for layer, (direction,) in enumerate(self._directions):
+                x_t, own = direction.step(kernels, x_t, [kind[layer : layer + 1] for kind in states])
+                finals.append(own)
+            final = [np.concatenate(kind) for kind in zip(*finals, strict=True)]
+        return x_t, final[0] if len(final) == 1 else tuple(final)
 
     # ------------------------------------------------------------------------------ there and back
 
@@ -326,6 +330,9 @@ class Stack(Layer):
 
     def _adopt(self, params: ParameterDict) -> None:
         super()._adopt(params)
+        # What a quick step asks for. Half precision keeps c in another dtype: it takes the general way.
+        self._step_dtype = None if self._dtype == "float16" else self._params.flat.dtype
+        self._step_sizes = self._state_sizes()[0]
         self._case = Case(
             self._cell, self._dtype, self.hidden_size, self.proj_size,
             self._config.get("nonlinearity", "tanh"), self.backend,

@@ -17,9 +17,13 @@ case; a faster module defines any subset of the same names, with the same argume
     adam(flat, d_flat, mean, square, *, betas, steps, lr, eps, weight_decay): in place
     matmul(a, b, out=None) -> a @ b, 2-D, in `out` if given: the large products before and after a scan
 
-and ``why_not(name, case)``, None where it can serve the case and otherwise the reason, in a few words. It may
-have ``note(name, case)``, a line for `explain()` on what the numbers depend on, or None.
-A scan's forward and backward always come from the same module, since `saved` is its own business.
+A module may add, for a stream of few sequences, a single step with the input projection included::
+
+    lstm_step(x_t, h, c, weight_ih, weight_hh, bias_ih, bias_hh) -> h, c
+
+Each has ``why_not(name, case)``, None where it can serve the case and otherwise the reason, in a few words.
+It may have ``note(name, case)``, a line for `explain()` on what the numbers depend on, or None. A scan's
+forward and backward always come from the same module, since `saved` is its own business.
 
 What a kernel may rely on: arguments were validated; all arrays are in C order, of the layer's dtype, but
 `gates`, `c` and their gradients of `accumulation_dtype`; `lengths` is int64. `gates` and `saved` are the
@@ -113,6 +117,10 @@ def _choose(namespace: str, case: Case, only: str) -> Kernels:
                 modules[name] = module_name
             else:
                 refused[name][module_name] = reason
+    for name, module_name in list(modules.items()):
+        step = name.replace("_forward", "_step")
+        if step != name and hasattr(_load(module_name), step):
+            functions[step] = getattr(_load(module_name), step)
     return Kernels(case, functions, modules, refused)
 
 
