@@ -148,7 +148,6 @@ class Direction:
 
         d_x is (T, B, I); (V, I), the embedding's gradient, for tokens with one; None for one-hot vectors.
         """
-        xp = self._backend.xp
         d_gates, *rest = kernels[f"{self._case.cell}_backward"](
             recorded.saved, self._weight_hh, d_output, *d_final, **self._backward_options()
         )
