@@ -1,4 +1,4 @@
-"""The command `rnnkit`: compare, train, generate, bench, info."""
+"""The command `rnnkit`: compare, train, generate, bench, warmup, info."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import importlib.util
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import kernels
 from ._array import FLOAT_DTYPES, BackendUnavailableError, resolve_backend
 from ._cuda import describe_cupy
 from ._version import __version__
@@ -168,6 +170,13 @@ def _bench(args: argparse.Namespace) -> int:
         raise ImportError(f'rnnkit bench needs {error.name}: pip install "rnnkit[bench]"') from None
     status: int = grid.main(["--quick", *args.grid_arguments])
     return status
+
+
+def _warmup(args: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    kernels.warmup()
+    print(f"rnnkit's CPU kernels are compiled and on disk ({time.perf_counter() - start:.1f} s)")
+    return 0
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -344,6 +353,11 @@ def _parser() -> argparse.ArgumentParser:
         "  rnnkit bench --json here.json\n\n"
         "All options of python -m rnnkit.bench.grid, which shows them with --help, are taken here.",
     )
+
+    command(
+        "warmup", _warmup, "compile the CPU kernels now instead of at the first call",
+        "  rnnkit warmup",
+    )  # fmt: skip
 
     sub = command(
         "info",

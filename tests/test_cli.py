@@ -257,3 +257,16 @@ def test_readme_names_every_subcommand():
     text = run("--help").stdout
     for command in re.findall(r"^    (\w+) ", text, re.M):
         assert f"rnnkit {command}" in readme(), f"README.md does not mention rnnkit {command}"
+
+
+def test_warmup_compiles_or_says_what_to_install(capsys, monkeypatch):
+    numba = pytest.importorskip("rnnkit.kernels.numba")
+    calls = []
+    monkeypatch.setattr(numba, "warmup", lambda: calls.append("compiled"))
+    monkeypatch.setattr(numba, "_missing", None)
+    assert cli.main(["warmup"]) == 0
+    assert calls == ["compiled"]
+    assert "on disk" in capsys.readouterr().out
+    monkeypatch.setattr(numba, "_missing", 'needs numba: pip install "rnnkit[cpu]"')
+    assert cli.main(["warmup"]) == 1
+    assert 'pip install "rnnkit[cpu]"' in capsys.readouterr().err

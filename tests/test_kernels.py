@@ -465,3 +465,37 @@ def test_embedding_backward(name, rows, columns, table):
     d_rows, index = rng.standard_normal((rows, columns)), rng.integers(0, table, rows)
     ours = load(name).embedding_backward(d_rows, index, table)
     np.testing.assert_allclose(ours, reference.embedding_backward(d_rows, index, table), rtol=0, atol=1e-12)
+
+
+# --------------------------------------------------------------------------------- around the scans
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 40, 7), (5, 1, 3), (6, 0, 2), (300, 90, 210)], ids=str)
+@pytest.mark.parametrize("name", ["numba", "numpy", "reference"])
+def test_matmul_into_a_given_array(name, shape, rng):
+    (M, K, N), matmul = shape, load(name).matmul
+    a, b = rng.standard_normal((K, M)).T, rng.standard_normal((N, K)).T
+    out = np.full((M + 1, N), np.nan)
+    assert matmul(a, b, out[:M]).base is out
+    np.testing.assert_allclose(out[:M], a @ b, atol=1e-12)
+    assert np.isnan(out[M]).all()
+    np.testing.assert_array_equal(matmul(a, b), out[:M])
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 14, (1 << 14) + 5])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adam_block_by_block(size, weight_decay, rng):
+    start = [
+        rng.standard_normal(size),
+        rng.standard_normal(size),
+        rng.standard_normal(size),
+        rng.random(size),
+    ]
+    results = []
+    for name in ("numpy", "reference"):
+        arrays = [part.copy() for part in start]
+        load(name).adam(*arrays, betas=(0.8, 0.95), steps=3, lr=0.1, eps=1e-3, weight_decay=weight_decay)
+        np.testing.assert_array_equal(arrays[1], start[1])  # the gradient is left alone
+        results.append(arrays)
+    for ours, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-12, atol=1e-14)

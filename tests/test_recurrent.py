@@ -125,6 +125,61 @@ def test_integer_input_equals_one_hot_vectors(backend, cell, bidirectional, rng)
 # ---------------------------------------------------------------------------------- parity with torch
 
 
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+@pytest.mark.parametrize("V", [3, 40], ids=["few", "many"])  # than tokens, so that either way is taken
+@pytest.mark.parametrize("cell", CELLS)
+def test_an_embedding_equals_its_vectors(backend, cell, V, ragged, rng):
+    T, B, I = 5, 3, 4
+    layer = make(cell, I, 6, bidirectional=True, backend=backend, dtype="float64", seed=1)
+    table, host = rng.standard_normal((V, I)), rng.integers(0, V, (T, B))
+    tokens, embedding = layer.asarray(host), layer.asarray(table)
+    lengths = [2, 0, 4] if ragged else None
+    (output, _), pullback = layer.vjp(tokens, lengths=lengths, embedding=embedding)
+    (expected, _), pull_vectors = layer.vjp(layer.asarray(table[host]), lengths=lengths)
+    np.testing.assert_allclose(to_numpy(output), to_numpy(expected), atol=1e-12)
+    plain, _ = layer(tokens, lengths=lengths, embedding=embedding)
+    np.testing.assert_allclose(to_numpy(plain), to_numpy(expected), atol=1e-12)
+    d_output = layer.asarray(rng.standard_normal(output.shape))
+    grads, of_vectors = pullback(d_output), pull_vectors(d_output)
+    d_table = np.zeros_like(table)
+    np.add.at(d_table, host.reshape(-1), to_numpy(of_vectors.x).reshape(-1, I))
+    np.testing.assert_allclose(to_numpy(grads.x), d_table, atol=1e-12)
+    np.testing.assert_allclose(to_numpy(grads.params.flat), to_numpy(of_vectors.params.flat), atol=1e-12)
+
+
+def test_what_an_embedding_must_be():
+    layer = rnnkit.LSTM(4, 6, seed=0)
+    tokens, table = np.zeros((5, 3), int), np.zeros((7, 4), np.float32)
+    with pytest.raises(ValueError, match=r"embedding must have shape \(V, input_size=4\), got \(7, 5\)"):
+        layer(tokens, embedding=np.zeros((7, 5), np.float32))
+    with pytest.raises(TypeError, match="embedding must have dtype float32, got float64"):
+        layer(tokens, embedding=table.astype(float))
+    with pytest.raises(ValueError, match="embedding needs x of integers"):
+        layer(np.zeros((5, 3, 4), np.float32), embedding=table)
+    with pytest.raises(ValueError, match=r"x must lie in \[0, 7\), got 7"):
+        layer(tokens + 7, embedding=table)
+
+
+@pytest.mark.parametrize("tokens", [False, True], ids=["floats", "tokens"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_packed_rows_and_all_rows_give_the_same(backend, cell, tokens, monkeypatch, rng):
+    T, B, I = 6, 5, 4
+    layer = make(cell, I, 3, 2, bidirectional=True, backend=backend, dtype="float64", seed=1)
+    x = layer.asarray(rng.integers(0, I, (T, B)) if tokens else rng.standard_normal((T, B, I)))
+    parts = random_state(layer, B, rng)
+    state = as_state(layer, [layer.asarray(part) for part in parts])
+    lengths, results = [3, T, 0, 1, T], []
+    d_output = layer.asarray(rng.standard_normal((T, B, 6)))
+    for dense in (0.0, 1.0):  # the share of live rows from which on none is packed: 16 of 30 are live
+        monkeypatch.setattr("rnnkit.sequence._DENSE", dense)
+        (output, final), pullback = layer.vjp(x, state, lengths=lengths)
+        grads = pullback(d_output, final)
+        arrays = [output, *as_tuple(final), grads.params.flat, *as_tuple(grads.state)]
+        results.append([to_numpy(part) for part in (arrays if tokens else [*arrays, grads.x])])
+    for all_rows, packed in zip(*results, strict=True):
+        np.testing.assert_allclose(packed, all_rows, atol=1e-12)
+
+
 def torch_layer(torch, layer, cell):
     options = dict(layer.config)
     options.pop("forget_bias", None)

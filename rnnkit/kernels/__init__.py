@@ -42,7 +42,7 @@ from typing import Any
 
 from ._case import Case
 
-__all__ = ["Case", "Kernels", "kernels_for", "names_of"]
+__all__ = ["Case", "Kernels", "kernels_for", "names_of", "warmup"]
 
 # Fastest first. What is not listed has the reference alone.
 _MODULES: dict[str, tuple[str, ...]] = {
@@ -95,6 +95,23 @@ def kernels_for(namespace: str, case: Case) -> Kernels:
     hunting a bug.
     """
     return _choose(namespace, case, os.environ.get("RNNKIT_KERNELS", ""))
+
+
+def warmup() -> None:
+    """Compile the CPU kernels for every cell and dtype, or load what was compiled before.
+
+    Otherwise a layer's first call does it. The compiled code is kept on disk.
+
+    Raises
+    ------
+    ImportError
+        The compiler is not installed.
+    """
+    module = _load("numba")
+    reason = module.why_not("lstm_forward", Case("lstm", "float32", 1))
+    if reason is not None:
+        raise ImportError(f"rnnkit's compiled CPU kernels: the module numba {reason}")
+    module.warmup()
 
 
 @lru_cache(maxsize=256)

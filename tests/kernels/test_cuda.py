@@ -254,6 +254,9 @@ def test_large_products(cuda, rng, dtype):
     for left, right in pairs:
         ours, theirs = cuda.matmul(left, right), reference.matmul(left, right)
         assert_close(ours, theirs, 1e-13 if dtype == "float64" else 5e-6, "matmul")
+        out = np.full((ours.shape[0] + 1, ours.shape[1]), np.nan, left.dtype)[:-1]
+        assert cuda.matmul(left, right, out) is out
+        assert_close(out, ours.astype(out.dtype), 0.0, "matmul into a given array")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
