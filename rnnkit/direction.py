@@ -7,6 +7,7 @@ of the gates that the scan returns. The scans themselves lie behind the seam in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,10 +16,10 @@ from ._typing import Array
 from .kernels import Case, Kernels, kernels_for
 from .sequence import SequenceInput
 
-# Sequences up to which a kernel for a single step is taken. One thread of a Zen 3, microseconds a step
-# with the scan and with that kernel: H=64 B=1 126 and 12, B=8 110 and 31, B=16 105 and 41; H=256 B=8 415 and
-# 289, B=16 523 and 504.
-_FEW = 8
+# Multiplications up to which a kernel for short sequences is taken. Microseconds of a call without and with
+# it, two threads of a busy Zen 3, (T, B, I, H): (20, 1, 4, 50) 119 and 88; (100, 1, 64, 64), 3.3 million,
+# 280 and 220; (1, 32, 128, 128) and (1, 8, 256, 256), 4.2 million, 329 and 271, 406 and 300.
+_SHORT = 4_000_000
 
 
 class Recorded(NamedTuple):
@@ -66,6 +67,7 @@ class Direction:
         self._reverse, self._matmul = reverse, matmul
         self._weight_ih, self._weight_hh = params["weight_ih"], params["weight_hh"]
         self._weight_ih_transposed = backend.xp.matrix_transpose(self._weight_ih)
+        self._work = math.prod(self._weight_ih.shape) + math.prod(self._weight_hh.shape)  # of one row
         self._has_bias = "bias_ih" in params
         self._wide = accumulation_dtype(case.dtype)
         self._options = self._scan_options()
@@ -265,15 +267,36 @@ class Direction:
 class LSTMDirection(Direction):
     """One direction of one layer of an LSTM: with a projection if it has one."""
 
+    def forward(
+        self, kernels: Kernels, x: Array, states: list[Array], call: SequenceInput, *, save: bool
+    ) -> tuple[Array, list[Array], Recorded | None]:
+        """Take the kernel for short sequences if there is one and the case is plain."""
+        short = kernels.functions.get("lstm_short")
+        if short is None or save or self._reverse or call.lengths is not None or not self._is_short(x):
+            return super().forward(kernels, x, states, call, save=save)
+        if not (x.flags.carray and all(state.flags.carray for state in states)):
+            return super().forward(kernels, x, states, call, save=save)
+        output, *final = short(x, *states, self._weight_ih, self._weight_hh, *self._biases)
+        return output, final, None
+
     def step(self, kernels: Kernels, x_t: Array, states: list[Array]) -> tuple[Array, list[Array]]:
-        """Take the kernel for a single step if there is one and the sequences are few."""
-        compiled = kernels.functions.get("lstm_step")
-        if compiled is None or len(x_t) > _FEW:
+        """Take the kernel for short sequences if there is one and the sequences are few."""
+        short, x = kernels.functions.get("lstm_short"), x_t[None]
+        if short is None or not self._is_short(x):
             return super().step(kernels, x_t, states)
-        zero = self._weight_hh[:0, 0]
-        biases = (self._params["bias_ih"], self._params["bias_hh"]) if self._has_bias else (zero, zero)
-        h, c = compiled(x_t, *states, self._weight_ih, self._weight_hh, *biases)
-        return h[0].copy(), [h, c]  # a copy: whoever changes the output must not change the state
+        output, *final = short(x, *states, self._weight_ih, self._weight_hh, *self._biases)
+        return output[0], final
+
+    def _is_short(self, x: Array) -> bool:
+        return bool(x.ndim == 3 and x.shape[0] * x.shape[1] * self._work <= _SHORT)
+
+    @property
+    def _biases(self) -> tuple[Array, Array]:
+        """Return both biases (4H,), or empty ones."""
+        if self._has_bias:
+            return self._params["bias_ih"], self._params["bias_hh"]
+        empty = self._weight_hh[:0, 0]
+        return empty, empty
 
     def _scan_options(self) -> dict[str, Any]:
         return {"weight_hr": self._params["weight_hr"]} if "weight_hr" in self._params else {}

@@ -136,20 +136,22 @@ def test_agrees_with_the_reference(cell, dtype, ragged, reverse, H, T):
 
 
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("T", [1, 6])
 @pytest.mark.parametrize(("B", "I", "H"), [(1, 64, 64), (3, 5, 17), (1, 33, 50), (2, 1, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_single_step_agrees_with_the_reference(dtype, B, I, H, bias, rng):
+def test_a_short_sequence_agrees_with_the_reference(dtype, B, I, H, T, bias, rng):
     def normal(*shape, scale=1.0):
         return (scale * rng.standard_normal(shape)).astype(dtype)
 
-    x, h, c = normal(B, I), normal(1, B, H), normal(1, B, H)
+    x, h, c = normal(T, B, I), normal(1, B, H), normal(1, B, H)
     w_ih, w_hh = normal(4 * H, I, scale=I**-0.5), normal(4 * H, H, scale=H**-0.5)
     b_ih, b_hh = (normal(4 * H if bias else 0) for _ in range(2))
     before = [array.copy() for array in (x, h, c)]
-    ours = kernels.lstm_step(x, h, c, w_ih, w_hh, b_ih, b_hh)
+    output, *final = kernels.lstm_short(x, h, c, w_ih, w_hh, b_ih, b_hh)
     gates = x.astype(np.float64) @ w_ih.T + (b_ih.astype(np.float64) + b_hh if bias else 0.0)
-    _, h_n, c_n, _ = reference.lstm_forward(gates[None], *(a.astype(np.float64) for a in (h[0], c[0], w_hh)))
-    assert_close(ours, [state[None].astype(dtype) for state in (h_n, c_n)], dtype)
+    expected, h_n, c_n, _ = reference.lstm_forward(gates, *(a.astype(np.float64) for a in (h[0], c[0], w_hh)))
+    wide = [expected.astype(dtype), h_n[None].astype(dtype), c_n[None].astype(dtype)]
+    assert_close([output, *final], wide, dtype)
     assert same_bits(before, (x, h, c))
 
 

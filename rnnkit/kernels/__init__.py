@@ -17,9 +17,9 @@ case; a faster module defines any subset of the same names, with the same argume
     adam(flat, d_flat, mean, square, *, betas, steps, lr, eps, weight_decay): in place
     matmul(a, b, out=None) -> a @ b, 2-D, in `out` if given: the large products before and after a scan
 
-A module may add, for a stream of few sequences, a single step with the input projection included::
+A module may add, for few steps and sequences, a forward scan with the input projection included::
 
-    lstm_step(x_t, h, c, weight_ih, weight_hh, bias_ih, bias_hh) -> h, c
+    lstm_short(x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh) -> output, h_n, c_n
 
 Each has ``why_not(name, case)``, None where it can serve the case and otherwise the reason, in a few words.
 It may have ``note(name, case)``, a line for `explain()` on what the numbers depend on, or None. A scan's
@@ -135,9 +135,9 @@ def _choose(namespace: str, case: Case, only: str) -> Kernels:
             else:
                 refused[name][module_name] = reason
     for name, module_name in list(modules.items()):
-        step = name.replace("_forward", "_step")
-        if step != name and hasattr(_load(module_name), step):
-            functions[step] = getattr(_load(module_name), step)
+        short = name.replace("_forward", "_short")
+        if short != name and hasattr(_load(module_name), short):
+            functions[short] = getattr(_load(module_name), short)
     return Kernels(case, functions, modules, refused)
 
 

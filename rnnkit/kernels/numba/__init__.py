@@ -85,7 +85,8 @@ def warmup() -> None:
         lstm_backward(lstm, weight[4], gates[1], state, state)
         gru_backward(gru, weight[3], gates[1], state)
         rnn_backward(rnn, weight[1], gates[1], state)
-        lstm_step(state, state[None], state[None], weight[4], weight[4], gates[4][0, 0], gates[4][0, 0])
+        for states in (state, state[None]):
+            lstm_short(gates[1], states, states, weight[4], weight[4], gates[4][0, 0], gates[4][0, 0])
 
 
 def why_not(name: str, case: Case) -> str | None:
@@ -174,32 +175,27 @@ def lstm_backward(
     return saved.gates, d_h_0, d_c_0
 
 
-def lstm_step(
-    x_t: Float, h: Float, c: Float, weight_ih: Float, weight_hh: Float, bias_ih: Float, bias_hh: Float
-) -> tuple[Float, Float]:
-    """Return the states after one time step, input projection included: for a stream of one sequence.
+def lstm_short(
+    x: Float, h_0: Float, c_0: Float, weight_ih: Float, weight_hh: Float, bias_ih: Float, bias_hh: Float
+) -> tuple[Float, Float, Float]:
+    """Return output (T, B, H), h_n and c_n (..., B, H) of a short sequence, input projection included.
 
     Parameters
     ----------
-    x_t : array (B, I)
-    h, c : arrays (..., B, H)
-        The state before, which stays as it is.
+    x : array (T, B, I)
+    h_0, c_0 : arrays (..., B, H)
     weight_ih, weight_hh : arrays (4H, I) and (4H, H)
     bias_ih, bias_hh : arrays (4H,), or both (0,) for a layer without biases
-
-    Returns
-    -------
-    h, c : arrays like those given
-        New ones.
 
     Notes
     -----
     All arrays must be in C order, of one dtype, and writeable: another kind would be compiled anew. The
-    weights are read once for each sequence, so from a handful on `lstm_forward` is faster.
+    weights are read once for each step of each sequence, so where these are many `lstm_forward` is faster.
     """
-    h_new, c_new = np.empty(h.shape, h.dtype), np.empty(c.shape, c.dtype)
-    _steps.lstm_step(x_t, h, c, weight_ih, weight_hh, bias_ih, bias_hh, h_new, c_new)
-    return h_new, c_new
+    T, H = x.shape[0], weight_hh.shape[1]
+    output, h, c = np.empty((T, x.shape[1], H), x.dtype), h_0.copy(), c_0.copy()
+    _steps.lstm_short(x, weight_ih, weight_hh, bias_ih, bias_hh, output, h, c, T)
+    return output, h, c
 
 
 # ---------------------------------------------------------------------------------------------- GRU

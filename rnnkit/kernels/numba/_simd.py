@@ -131,6 +131,37 @@ def _store(builder: Any, vector: Vector, value: Any, address: Any) -> None:
     builder.store(value, pointer, align=vector.dtype.bitwidth // 8)
 
 
+def _first_lanes(builder: Any, vector: Vector, count: Any) -> Any:
+    """Return a mask whose first `count` lanes are true."""
+    index = ir.VectorType(ir.IntType(32), vector.lanes)
+    numbers = ir.Constant(index, list(range(vector.lanes)))
+    count = builder.trunc(count, ir.IntType(32))
+    undefined = ir.Constant(index, ir.Undefined)
+    one = builder.insert_element(undefined, count, ir.IntType(32)(0))
+    counts = builder.shuffle_vector(one, undefined, ir.Constant(index, [0] * vector.lanes))
+    return builder.icmp_signed("<", numbers, counts)
+
+
+def _masked(builder: Any, vector: Vector, name: str, result: Any, *args: Any) -> Any:
+    """Call LLVM's masked load or store, which touches no memory where the mask is false."""
+    suffix = f"v{vector.lanes}f{vector.dtype.bitwidth}"
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.{name}.{suffix}.p0{suffix}")
+    return builder.call(function, args)
+
+
+def _masked_load(builder: Any, vector: Vector, address: Any, count: Any) -> Any:
+    pointer = builder.bitcast(address, vector.llvm.as_pointer())
+    mask, align = _first_lanes(builder, vector, count), ir.IntType(32)(vector.dtype.bitwidth // 8)
+    return _masked(builder, vector, "load", vector.llvm, pointer, align, mask, ir.Constant(vector.llvm, None))
+
+
+def _masked_store(builder: Any, vector: Vector, value: Any, address: Any, count: Any) -> None:
+    pointer = builder.bitcast(address, vector.llvm.as_pointer())
+    mask, align = _first_lanes(builder, vector, count), ir.IntType(32)(vector.dtype.bitwidth // 8)
+    _masked(builder, vector, "store", ir.VoidType(), value, pointer, align, mask)
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def lanes(typing: Any, array: Any) -> Any:
     """Return how many elements of this array make a vector: a constant for the compiler."""
@@ -177,11 +208,7 @@ def load_part(typing: Any, array: Any, at: Any, count: Any) -> Any:
             with whole:
                 builder.store(_load(builder, vector, address), result)
             with part:
-                builder.store(ir.Constant(vector.llvm, None), result)
-                elements = builder.bitcast(result, vector.llvm.element.as_pointer())
-                with cgutils.for_range(builder, args[2]) as loop:
-                    element = builder.load(builder.gep(address, [loop.index]))
-                    builder.store(element, builder.gep(elements, [loop.index]))
+                builder.store(_masked_load(builder, vector, address, args[2]), result)
         return builder.load(result)
 
     return vector(array, types.int64, types.int64), lower
@@ -198,12 +225,7 @@ def store_part(typing: Any, array: Any, at: Any, value: Any, count: Any) -> Any:
             with whole:
                 _store(builder, value, args[2], address)
             with part:
-                copy = cgutils.alloca_once(builder, value.llvm)
-                builder.store(args[2], copy)
-                elements = builder.bitcast(copy, value.llvm.element.as_pointer())
-                with cgutils.for_range(builder, args[3]) as loop:
-                    element = builder.load(builder.gep(elements, [loop.index]))
-                    builder.store(element, builder.gep(address, [loop.index]))
+                _masked_store(builder, value, args[2], address, args[3])
         return context.get_dummy_value()
 
     return types.void(array, types.int64, value, types.int64), lower

@@ -1,7 +1,7 @@
-"""A single time step, for streams: no packed weights, no tiles, one call of compiled code.
+"""A few time steps, input projection included: no packed weights, no tiles, one call of compiled code.
 
-With one sequence a weight is used once, so packing would cost more than the product. Each row of the weights
-is multiplied as it lies in memory, and the lanes of its sum added up at the end.
+With few steps and sequences a weight is used so seldom that packing costs more than it saves. Each row of the
+weights is multiplied as it lies in memory, and the lanes of its sum are added up at the end.
 """
 
 from __future__ import annotations
@@ -41,21 +41,27 @@ def add_product(x: Any, at: int, size: int, weight: Any, rows: int, z: Any) -> N
 
 
 @compiled
-def lstm_step(
-    x: Any, h: Any, c: Any, weight_ih: Any, weight_hh: Any, bias_ih: Any, bias_hh: Any, h_new: Any, c_new: Any
+def lstm_short(
+    x: Any, weight_ih: Any, weight_hh: Any, bias_ih: Any, bias_hh: Any, output: Any, h: Any, c: Any, T: int
 ) -> None:
-    """Compute h_new and c_new (B, H); the biases have 4H elements, or none."""
+    """Compute output (T, B, H), advance h and c (B, H) in place; the biases have 4H elements, or none."""
     U, I, H = lanes(x), weight_ih.shape[1], weight_hh.shape[1]
-    z = np.zeros(4 * H, x.dtype)
-    for b in range(h.size // H):
+    B, z, bias = h.size // H, np.empty(4 * H, x.dtype), np.zeros(4 * H, x.dtype)
+    if bias_ih.size > 0:
         for k in range(4 * H):
-            z[k] = bias_ih[k] + bias_hh[k] if bias_ih.size else 0.0
-        add_product(x, b * I, I, weight_ih, H, z)
-        add_product(h, b * H, H, weight_hh, H, z)
+            bias[k] = bias_ih[k] + bias_hh[k]
+    for row in range(T * B):
+        state = (row % B) * H
+        for k in range(4 * H):
+            z[k] = bias[k]
+        add_product(x, row * I, I, weight_ih, H, z)
+        add_product(h, state, H, weight_hh, H, z)
         for j in range(0, H, U):
-            n, at = min(U, H - j), b * H + j
+            n, at = min(U, H - j), state + j
             i, f = sigmoid(load_part(z, j, n)), sigmoid(load_part(z, H + j, n))
             g, o = tanh(load_part(z, 2 * H + j, n)), sigmoid(load_part(z, 3 * H + j, n))
-            state = f * load_part(c, at, n) + i * g
-            store_part(c_new, at, state, n)
-            store_part(h_new, at, o * tanh(state), n)
+            c_t = f * load_part(c, at, n) + i * g
+            h_t = o * tanh(c_t)
+            store_part(c, at, c_t, n)
+            store_part(h, at, h_t, n)
+            store_part(output, row * H + j, h_t, n)
