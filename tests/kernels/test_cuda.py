@@ -254,6 +254,10 @@ def test_large_products(cuda, rng, dtype):
     for left, right in pairs:
         ours, theirs = cuda.matmul(left, right), reference.matmul(left, right)
         assert_close(ours, theirs, 1e-13 if dtype == "float64" else 5e-6, "matmul")
+        apart = fenced((*theirs.shape, 2), theirs.dtype)[..., 0]  # in neither order
+        for out in (fenced(theirs.shape, theirs.dtype), fenced(theirs.shape, kind), apart):
+            assert cuda.matmul(left, right, out) is out
+            np.testing.assert_array_equal(out, ours.astype(out.dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

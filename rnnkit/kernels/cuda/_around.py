@@ -13,16 +13,20 @@ from ._step import vector_of
 _THREADS = 128
 
 
-def matmul(a: Array, b: Array) -> Array:
-    """Return a @ b for 2-D arrays; half precision is summed and returned in float32.
+def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
+    """Return a @ b for 2-D arrays, in `out` if given; half precision is summed and returned in float32.
 
     Two arrays of the same half precision are multiplied as they are; a mixed pair is widened first.
     """
     xp, wide = namespace_of(a), np.dtype(accumulation_dtype(str(a.dtype)))
     if a.dtype != b.dtype:
         a, b = xp.astype(a, wide, copy=False), xp.astype(b, wide, copy=False)
-    out = xp.empty((a.shape[0], b.shape[1]), dtype=wide)
-    _loader.product(_ordered(a), _ordered(b), out)(0)
+    fits = out is not None and out.dtype == wide and out.flags.c_contiguous
+    result = out if fits else xp.empty((a.shape[0], b.shape[1]), dtype=wide)
+    _loader.product(_ordered(a), _ordered(b), result)(0)
+    if out is None or fits:
+        return result
+    out[...] = xp.astype(result, out.dtype, copy=False)
     return out
 
 
