@@ -302,18 +302,23 @@ def adam(
 
     mean <- b1 mean + (1-b1) d;  square <- b2 square + (1-b2) d^2;  flat <- flat (1 - lr weight_decay)
     flat <- flat - lr / (1-b1^t) mean / (sqrt(square / (1-b2^t)) + eps)
+
+    In half precision eps would be 0 and squares would overflow: only the new parameters are rounded to it.
     """
     xp, (beta_1, beta_2) = namespace_of(flat), betas
+    updated, d = _as(xp, flat, mean.dtype), _as(xp, d_flat, mean.dtype)
     mean *= beta_1
-    mean += (1.0 - beta_1) * d_flat
+    mean += (1.0 - beta_1) * d
     square *= beta_2
-    square += (1.0 - beta_2) * d_flat * d_flat
+    square += (1.0 - beta_2) * d * d
     if weight_decay:
-        flat *= 1.0 - lr * weight_decay
+        updated *= 1.0 - lr * weight_decay
     # The bias corrections are numbers of the host: the step count is known there.
     step_size = lr / (1.0 - beta_1**steps)
     root = xp.sqrt(square) / (1.0 - beta_2**steps) ** 0.5 + eps
-    flat -= step_size * mean / root
+    updated -= step_size * mean / root
+    if updated is not flat:
+        flat[...] = _as(xp, updated, flat.dtype)
 
 
 # ------------------------------------------------------------------------------------------- pieces

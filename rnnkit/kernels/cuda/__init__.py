@@ -25,11 +25,14 @@ from ._around import embedding_backward, matmul
 from ._gru import gru_backward, gru_forward
 from ._lstm import lstm_backward, lstm_forward
 from ._rnn import rnn_backward, rnn_forward
+from ._training import adam
 
 __all__ = [
-    "embedding_backward", "gru_backward", "gru_forward", "lstm_backward", "lstm_forward", "matmul",
-    "rnn_backward", "rnn_forward", "why_not",
+    "adam", "embedding_backward", "gru_backward", "gru_forward", "lstm_backward", "lstm_forward",
+    "matmul", "rnn_backward", "rnn_forward", "why_not",
 ]  # fmt: skip
+
+_WITHOUT_PRODUCTS = ("adam", "embedding_backward")
 
 
 def why_not(name: str, case: Case) -> str | None:
@@ -39,7 +42,7 @@ def why_not(name: str, case: Case) -> str | None:
 
 def note(name: str, case: Case) -> str | None:
     """Say how float32 products are rounded: in half precision those of the gradients are float32 as well."""
-    if case.dtype == "float64" or name == "embedding_backward":
+    if case.dtype == "float64" or name in _WITHOUT_PRODUCTS:
         return None
     setting = _loader.precision("float32")
     meaning = "TF32" if setting == "TF32" else "full float32"
