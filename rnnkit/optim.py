@@ -183,11 +183,10 @@ def clip_grad_norm(grads: ParameterDict, max_norm: float) -> Array:
         raise TypeError(f"grads must be a ParameterDict, from a pullback, got {type(grads).__name__}")
     if not max_norm > 0.0:
         raise ValueError(f"max_norm must be positive, got {max_norm}")
-    xp, flat = namespace_of(grads.flat), grads.flat
-    norm = xp.linalg.vector_norm(xp.astype(flat, _accumulation(flat), copy=False))
-    scale = max_norm / (norm + 1e-6)
-    scale = xp.where(scale < 1.0, scale, xp.ones_like(scale))
-    flat *= xp.astype(scale, flat.dtype, copy=False)
+    backend = backend_of(grads.flat)
+    case = Case("clip", dtype_name(grads.flat.dtype), 0, device=backend.name)
+    with backend.active():
+        norm: Array = kernels_for(backend.library, case)["clip"](grads.flat, max_norm)
     return norm
 
 

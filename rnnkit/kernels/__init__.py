@@ -15,6 +15,8 @@ case; a faster module defines any subset of the same names, with the same argume
     rnn_backward(saved, weight_hh, d_output, d_h_n) -> d_gates, d_h_0
     embedding_backward(d_rows, index, num_rows) -> d_table
     adam(flat, d_flat, mean, square, *, betas, steps, lr, eps, weight_decay): in place but for d_flat
+    clip(flat, max_norm) -> norm: scales flat in place
+    softmax_cross_entropy(logits, targets, counts) -> loss, d_logits
     matmul(a, b, out=None) -> a @ b, 2-D, in `out` if given: the large products before and after a scan
 
 and ``why_not(name, case)``, None where it can serve the case and otherwise the reason, in a few words. It may
@@ -69,7 +71,7 @@ class Kernels:
 
 def names_of(cell: str) -> tuple[str, ...]:
     """Return the names of the kernels that a cell needs."""
-    if cell in ("matmul", "adam"):
+    if cell in ("matmul", "adam", "clip", "softmax_cross_entropy"):
         return (cell,)
     return (f"{cell}_backward",) if cell == "embedding" else (f"{cell}_forward", f"{cell}_backward")
 
