@@ -7,6 +7,7 @@ from typing import Any
 
 from ._array import Backend, accumulation_dtype, backend_of, dtype_name, is_integer
 from ._typing import Array
+from .kernels import Case, kernels_for
 from .validation import check_lengths, check_tokens, padding_mask
 
 
@@ -36,7 +37,8 @@ def softmax_cross_entropy(
     Raises
     ------
     ValueError
-        Shapes do not fit, or a target that counts is out of range (seen on the host only).
+        Shapes do not fit, or a target that counts is out of range. A GPU's are not looked at: there the loss
+        is NaN.
     TypeError
         Targets are not integers.
     """
@@ -49,25 +51,17 @@ def softmax_cross_entropy(
     V = logits.shape[-1]
     targets = xp.astype(xp.reshape(targets, (-1,)), xp.int64, copy=False)
     counts = _counted(backend, mask, lengths, logits.shape[:-1])
-    if counts is not None:
-        targets = xp.where(counts, targets, xp.zeros_like(targets))
-    z = xp.astype(xp.reshape(logits, (-1, V)), _accumulation(xp, logits), copy=False)
-    if math.prod(z.shape) == 0:
-        return xp.zeros((), dtype=z.dtype, device=z.device), xp.zeros_like(logits)
-    check_tokens("targets", targets, V, backend.on_host)
-
-    z = z - xp.max(z, axis=-1, keepdims=True)
-    exp_z = xp.exp(z)
-    total = xp.sum(exp_z, axis=-1, keepdims=True)
-    classes = xp.arange(V, dtype=targets.dtype, device=targets.device)
-    is_target = classes[None, :] == targets[:, None]
-    picked = xp.sum(xp.where(is_target, z, xp.zeros_like(z)), axis=-1)
-    losses = xp.log(total[:, 0]) - picked
-    probabilities = exp_z / total
-    d_z = xp.where(is_target, probabilities - 1.0, probabilities)
-    loss, scale = _mean(xp, losses, counts)
-    d_z = _weighted(xp, d_z, counts, scale)
-    return loss, xp.reshape(xp.astype(d_z, logits.dtype, copy=False), logits.shape)
+    if math.prod(logits.shape) == 0:
+        dtype = _accumulation(xp, logits)
+        return xp.zeros((), dtype=dtype, device=logits.device), xp.zeros_like(logits)
+    if backend.on_host:
+        looked_at = targets if counts is None else xp.where(counts, targets, xp.zeros_like(targets))
+        check_tokens("targets", looked_at, V, on_host=True)
+    case = Case("softmax_cross_entropy", dtype_name(logits.dtype), 0, device=backend.name)
+    with backend.active():
+        kernel = kernels_for(backend.library, case)["softmax_cross_entropy"]
+        loss, d_logits = kernel(xp.reshape(logits, (-1, V)), targets, counts)
+    return loss, xp.reshape(d_logits, logits.shape)
 
 
 def mean_squared_error(

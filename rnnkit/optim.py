@@ -57,23 +57,16 @@ class Optimizer:
         if self.state and next(iter(self.state.values())).shape != params.flat.shape:
             raise ValueError("this optimiser's state belongs to other parameters: make a new optimiser")
         self.steps += 1
-        xp, flat = namespace_of(params.flat), params.flat
-        wide = _accumulation(flat)
-        if wide == flat.dtype:
-            self._step(flat, grads.flat)
-            return
-        # Half precision: eps would be 0 and squares would overflow; only the parameters are rounded.
-        updated = xp.astype(flat, wide)
-        self._step(updated, xp.astype(grads.flat, wide))
-        flat[...] = xp.astype(updated, flat.dtype)
+        with backend_of(params.flat).active():
+            self._step(params.flat, grads.flat)
 
     def _step(self, flat: Array, d_flat: Array) -> None:
         raise TypeError("Optimizer is the base of SGD and Adam: use one of those")
 
     def _slot(self, name: str, flat: Array) -> Array:
-        """Return the state vector of that name, zeros at first."""
+        """Return the state vector of that name, zeros at first; of the dtype that sums are kept in."""
         if name not in self.state:
-            self.state[name] = namespace_of(flat).zeros_like(flat)
+            self.state[name] = namespace_of(flat).zeros_like(flat, dtype=_accumulation(flat))
         return self.state[name]
 
     def __repr__(self) -> str:
@@ -103,15 +96,20 @@ class SGD(Optimizer):
         )
 
     def _step(self, flat: Array, d_flat: Array) -> None:
+        xp, wide = namespace_of(flat), _accumulation(flat)
         momentum, decay = self._settings["momentum"], self._settings["weight_decay"]
+        # Half precision: small steps would be lost in the sums; only the new parameters are rounded.
+        updated, d_flat = xp.astype(flat, wide, copy=False), xp.astype(d_flat, wide, copy=False)
         if decay:
-            d_flat = d_flat + decay * flat
+            d_flat = d_flat + decay * updated
         if momentum:
             velocity = self._slot("velocity", flat)
             velocity *= momentum
             velocity += d_flat
             d_flat = velocity
-        flat -= self.lr * d_flat
+        updated -= self.lr * d_flat
+        if updated is not flat:
+            flat[...] = xp.astype(updated, flat.dtype)
 
 
 class Adam(Optimizer):
@@ -185,11 +183,10 @@ def clip_grad_norm(grads: ParameterDict, max_norm: float) -> Array:
         raise TypeError(f"grads must be a ParameterDict, from a pullback, got {type(grads).__name__}")
     if not max_norm > 0.0:
         raise ValueError(f"max_norm must be positive, got {max_norm}")
-    xp, flat = namespace_of(grads.flat), grads.flat
-    norm = xp.linalg.vector_norm(xp.astype(flat, _accumulation(flat), copy=False))
-    scale = max_norm / (norm + 1e-6)
-    scale = xp.where(scale < 1.0, scale, xp.ones_like(scale))
-    flat *= xp.astype(scale, flat.dtype, copy=False)
+    backend = backend_of(grads.flat)
+    case = Case("clip", dtype_name(grads.flat.dtype), 0, device=backend.name)
+    with backend.active():
+        norm: Array = kernels_for(backend.library, case)["clip"](grads.flat, max_norm)
     return norm
 
 

@@ -367,14 +367,14 @@ class _Run:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
         vectors = _with_prefix(arrays, "optimizer.")
-        optimizer.state = {name: model.asarray(value) for name, value in vectors.items()}
+        # In half precision the optimiser's vectors, the sum of the losses and c are float32.
+        to_device, wide = model._backend.asarray, accumulation_dtype(model.dtype)
+        optimizer.state = {name: to_device(value, wide) for name, value in vectors.items()}
         optimizer.steps = run["steps"]
         self.base_lr = run["base_lr"]
         self.history = History(**run["history"])
         self.batch, self.tokens, self.seconds = run["batch"], run["tokens"], run["seconds"]
         self.best = arrays.get("best")
-        # In half precision the sum of the losses and c are float32: give each the dtype that it had.
-        to_device, wide = model._backend.asarray, accumulation_dtype(model.dtype)
         dtypes = {"state.0": model.dtype, "state.1": wide}
         parts = [to_device(arrays[name], dtype) for name, dtype in dtypes.items() if name in arrays]
         self.state = None if not parts else parts[0] if len(parts) == 1 else tuple(parts)

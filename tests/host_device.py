@@ -38,6 +38,7 @@ LETTERS = {
     np.dtype(kind): letter
     for kind, letter in [
         (np.float32, "f"), (np.float64, "d"), (np.float16, "h"), (ml_dtypes.bfloat16, "b"), (np.int64, "q"),
+        (np.bool_, "o"),
     ]
 }  # fmt: skip
 # Where one of these is called every thread must have a fiber, which takes time.
@@ -222,7 +223,7 @@ def _value(where: str, vector: int, arg: Any, kind: str, letter: str) -> Any:
     assert LETTERS[arg.dtype] == letter, f"{where} points to {letter!r}, got {arg.dtype}"
     assert kind == "&" or arg.flags.writeable, f"{where} would be written, but is an input"
     address = arg.ctypes.data
-    aligned = letter == "q" or address % min(16, vector * arg.itemsize) == 0
+    aligned = letter in "qo" or address % min(16, vector * arg.itemsize) == 0
     assert aligned, f"{where} lies at an address from which no {vector} elements can be loaded at once"
     return ctypes.c_void_p(address)
 

@@ -329,13 +329,16 @@ class StoppedError(Exception):
 
 @pytest.mark.parametrize("stop_at", [1, 5, 7, 11])
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_interrupted_run_ends_with_the_same_numbers(counting, tmp_path, monkeypatch, stop_at, stream):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_interrupted_run_ends_with_the_same_numbers(
+    counting, tmp_path, monkeypatch, stop_at, stream, dtype
+):
     monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)  # write down every batch
     vocabulary, sequences = counting
     data = np.concatenate(sequences) if stream else sequences
 
     def run(folder):
-        model = rnnkit.LanguageModel(len(vocabulary), 8, dropout=0.2, seed=0)
+        model = rnnkit.LanguageModel(len(vocabulary), 8, dropout=0.2, dtype=dtype, seed=0)
         history = rnnkit.fit(
             model, data, data, epochs=5, batch_size=6, window=8, optimizer=rnnkit.Adam(0.02), seed=1,
             checkpoint=folder, progress=False, schedule=rnnkit.cosine_schedule(5),

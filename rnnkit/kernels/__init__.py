@@ -14,7 +14,9 @@ case; a faster module defines any subset of the same names, with the same argume
         -> output, h_n, saved
     rnn_backward(saved, weight_hh, d_output, d_h_n) -> d_gates, d_h_0
     embedding_backward(d_rows, index, num_rows) -> d_table
-    adam(flat, d_flat, mean, square, *, betas, steps, lr, eps, weight_decay): in place
+    adam(flat, d_flat, mean, square, *, betas, steps, lr, eps, weight_decay): in place but for d_flat
+    clip(flat, max_norm) -> norm: scales flat in place
+    softmax_cross_entropy(logits, targets, counts) -> loss, d_logits
     matmul(a, b, out=None) -> a @ b, 2-D, in `out` if given: the large products before and after a scan
 
 A module may add, for few steps and sequences, a forward scan with the input projection included::
@@ -26,9 +28,9 @@ It may have ``note(name, case)``, a line for `explain()` on what the numbers dep
 forward and backward always come from the same module, since `saved` is its own business.
 
 What a kernel may rely on: arguments were validated; all arrays are in C order, of the layer's dtype, but
-`gates`, `c` and their gradients of `accumulation_dtype`; `lengths` is int64. `gates` and `saved` are the
-kernel's own: it may overwrite them and keep them. All other inputs stay as they are, and results never
-share memory with them.
+`gates`, `c` and their gradients, `mean` and `square` of `accumulation_dtype`; `lengths` is int64. `gates` and
+`saved` are the kernel's own: it may overwrite them and keep them. All other inputs stay as they are, and
+results never share memory with them.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ class Kernels:
 
 def names_of(cell: str) -> tuple[str, ...]:
     """Return the names of the kernels that a cell needs."""
-    if cell in ("matmul", "adam"):
+    if cell in ("matmul", "adam", "clip", "softmax_cross_entropy"):
         return (cell,)
     return (f"{cell}_backward",) if cell == "embedding" else (f"{cell}_forward", f"{cell}_backward")
 

@@ -9,7 +9,7 @@ class Case(NamedTuple):
     Attributes
     ----------
     cell : str
-        "rnn", "lstm", "gru"; "embedding" for `embedding_backward`, "matmul" and "adam" for these.
+        "rnn", "lstm", "gru"; "embedding" for `embedding_backward`; else the kernel's own name.
     dtype : str
         Of the parameters: "float32" and so on.
     hidden_size, proj_size : int

@@ -294,6 +294,48 @@ def embedding_backward(d_rows: Array, index: Array, num_rows: int) -> Array:
     return total
 
 
+def clip(flat: Array, max_norm: float) -> Array:
+    """Scale flat (N,) in place to a norm of at most `max_norm` and return the norm that it had, ().
+
+    The norm is of the dtype that sums are kept in. Both stay on the device.
+    """
+    xp = namespace_of(flat)
+    wide = _as(xp, flat, _accumulation(xp, flat.dtype))
+    norm = xp.linalg.vector_norm(wide)
+    scale = max_norm / (norm + 1e-6)
+    wide *= xp.where(scale < 1.0, scale, xp.ones_like(scale))
+    if wide is not flat:
+        flat[...] = _as(xp, wide, flat.dtype)
+    return norm
+
+
+def softmax_cross_entropy(logits: Array, targets: Array, counts: Array | None) -> tuple[Array, Array]:
+    """Return the mean of -log softmax(logits)[target] over the rows that count, and its gradient.
+
+    logits (M, V), neither of them 0; targets (M,) of int64; counts (M,) of bool, None for all rows. The loss
+    is of the dtype that sums are kept in, and 0 where no row counts. A row that does not count has a gradient
+    of zeros, whatever it holds. A target out of [0, V) makes the loss NaN.
+    """
+    xp, V = namespace_of(logits), logits.shape[1]
+    z = _as(xp, logits, _accumulation(xp, logits.dtype))
+    z = z - xp.max(z, axis=-1, keepdims=True)
+    exp_z = xp.exp(z)
+    total = xp.sum(exp_z, axis=-1, keepdims=True)
+    is_target = xp.arange(V, dtype=targets.dtype, device=targets.device)[None, :] == targets[:, None]
+    picked = xp.sum(xp.where(is_target, z, xp.zeros_like(z)), axis=-1)
+    picked = xp.where((targets >= 0) & (targets < V), picked, xp.full_like(picked, float("nan")))
+    losses = xp.log(total[:, 0]) - picked
+    probabilities = exp_z / total
+    d_z = xp.where(is_target, probabilities - 1.0, probabilities)
+    if counts is None:
+        return xp.mean(losses), _as(xp, d_z * (1.0 / losses.shape[0]), logits.dtype)
+    n = xp.sum(_as(xp, counts, losses.dtype))  # never read on the host: that would wait for the device
+    n = xp.where(n > 0, n, xp.ones_like(n))
+    losses = xp.where(counts, losses, xp.zeros_like(losses))
+    d_z = xp.where(counts[:, None], d_z * (1.0 / n), xp.zeros_like(d_z))
+    return xp.sum(losses) / n, _as(xp, d_z, logits.dtype)
+
+
 def adam(
     flat: Array, d_flat: Array, mean: Array, square: Array, *, betas: tuple[float, float], steps: int,
     lr: float, eps: float, weight_decay: float,
@@ -302,18 +344,23 @@ def adam(
 
     mean <- b1 mean + (1-b1) d;  square <- b2 square + (1-b2) d^2;  flat <- flat (1 - lr weight_decay)
     flat <- flat - lr / (1-b1^t) mean / (sqrt(square / (1-b2^t)) + eps)
+
+    In half precision eps would be 0 and squares would overflow: only the new parameters are rounded to it.
     """
     xp, (beta_1, beta_2) = namespace_of(flat), betas
+    updated, d = _as(xp, flat, mean.dtype), _as(xp, d_flat, mean.dtype)
     mean *= beta_1
-    mean += (1.0 - beta_1) * d_flat
+    mean += (1.0 - beta_1) * d
     square *= beta_2
-    square += (1.0 - beta_2) * d_flat * d_flat
+    square += (1.0 - beta_2) * d * d
     if weight_decay:
-        flat *= 1.0 - lr * weight_decay
+        updated *= 1.0 - lr * weight_decay
     # The bias corrections are numbers of the host: the step count is known there.
     step_size = lr / (1.0 - beta_1**steps)
     root = xp.sqrt(square) / (1.0 - beta_2**steps) ** 0.5 + eps
-    flat -= step_size * mean / root
+    updated -= step_size * mean / root
+    if updated is not flat:
+        flat[...] = _as(xp, updated, flat.dtype)
 
 
 # ------------------------------------------------------------------------------------------- pieces

@@ -149,7 +149,7 @@ constexpr char letter() {
     using std::is_same_v;
     return is_same_v<T, float> ? 'f' : is_same_v<T, double> ? 'd' : is_same_v<T, float16> ? 'h'
          : is_same_v<T, bfloat16> ? 'b' : is_same_v<T, long long> ? 'q' : is_same_v<T, int> ? 'i'
-         : is_same_v<T, unsigned> ? 'u' : '?';
+         : is_same_v<T, bool> ? 'o' : is_same_v<T, unsigned> ? 'u' : '?';
 }
 template <class T>
 struct Argument {

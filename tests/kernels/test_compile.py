@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import os
 import re
 from pathlib import Path
@@ -97,16 +98,14 @@ def test_the_table_has_no_kernel_that_is_gone(limits):
 
 
 def write_table() -> None:
-    with TABLE.open("w", newline="") as table:
+    rows = []
+    for file, dtype, vector in itertools.product(FILES, DTYPES, VECTORS):
+        found = [resources(file, dtype, vector, arch) for arch in ARCHITECTURES]
+        for kernel in sorted(found[0]):
+            rows.append([kernel, dtype, vector, *(-(-one[kernel]["registers"] // 8) * 8 for one in found)])
+    with TABLE.open("w", newline="") as table:  # only now: a failure leaves the old table
         writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["kernel", "dtype", "vector", *ARCHITECTURES])
-        for file in FILES:
-            for dtype in DTYPES:
-                for vector in VECTORS:
-                    found = [resources(file, dtype, vector, arch) for arch in ARCHITECTURES]
-                    for kernel in sorted(found[0]):
-                        limits = [-(-one[kernel]["registers"] // 8) * 8 for one in found]
-                        writer.writerow([kernel, dtype, vector, *limits])
+        writer.writerows([["kernel", "dtype", "vector", *ARCHITECTURES], *rows])
 
 
 if __name__ == "__main__":

@@ -254,9 +254,10 @@ def test_large_products(cuda, rng, dtype):
     for left, right in pairs:
         ours, theirs = cuda.matmul(left, right), reference.matmul(left, right)
         assert_close(ours, theirs, 1e-13 if dtype == "float64" else 5e-6, "matmul")
-        out = np.full((ours.shape[0] + 1, ours.shape[1]), np.nan, left.dtype)[:-1]
-        assert cuda.matmul(left, right, out) is out
-        assert_close(out, ours.astype(out.dtype), 0.0, "matmul into a given array")
+        apart = fenced((*theirs.shape, 2), theirs.dtype)[..., 0]  # in neither order
+        for out in (fenced(theirs.shape, theirs.dtype), fenced(theirs.shape, kind), apart):
+            assert cuda.matmul(left, right, out) is out
+            np.testing.assert_array_equal(out, ours.astype(out.dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -291,7 +292,7 @@ def test_rows_of_a_table_in_any_memory_order(cuda, rng):
 def test_sources_need_no_cuda_headers(path):
     """NVRTC finds none by itself, and an installation of CuPy may have none."""
     includes = re.findall(r"^\s*#\s*include\s*(\S+)", path.read_text(), re.MULTILINE)
-    assert set(includes) <= {'"common.cuh"'}
+    assert set(includes) <= {'"common.cuh"', '"reduce.cuh"'}
     assert "__shared__" not in path.read_text().replace(
         "extern __shared__ __align__(16) unsigned char shared_[]", ""
     )

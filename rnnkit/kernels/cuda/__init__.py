@@ -12,6 +12,8 @@ Nothing here has been measured on a GPU yet. What shapes the code:
   A scan and its way back need (G+2)*T*B*H numbers in all: gates, output, and c (in a GRU W_n h + b_n).
 - Half precision: h, weights and outputs are stored in it; products and all else are float32, so the way back
   multiplies float32 gradients with weights widened once a scan, as the reference does.
+- Around the layers a training step launches 2 kernels for softmax cross-entropy, 3 with a mask or lengths; 2
+  for clipping, since every block must know the norm before it scales; and 1 for Adam.
 
 Results are deterministic: no atomics, and cuBLAS repeats itself on the same device. Nothing waits for the
 device, and memory comes from CuPy's current allocator.
@@ -25,11 +27,14 @@ from ._around import embedding_backward, matmul
 from ._gru import gru_backward, gru_forward
 from ._lstm import lstm_backward, lstm_forward
 from ._rnn import rnn_backward, rnn_forward
+from ._training import adam, clip, softmax_cross_entropy
 
 __all__ = [
-    "embedding_backward", "gru_backward", "gru_forward", "lstm_backward", "lstm_forward", "matmul",
-    "rnn_backward", "rnn_forward", "why_not",
+    "adam", "clip", "embedding_backward", "gru_backward", "gru_forward", "lstm_backward", "lstm_forward",
+    "matmul", "rnn_backward", "rnn_forward", "softmax_cross_entropy", "why_not",
 ]  # fmt: skip
+
+_WITHOUT_PRODUCTS = ("adam", "clip", "embedding_backward", "softmax_cross_entropy")
 
 
 def why_not(name: str, case: Case) -> str | None:
@@ -39,7 +44,7 @@ def why_not(name: str, case: Case) -> str | None:
 
 def note(name: str, case: Case) -> str | None:
     """Say how float32 products are rounded: in half precision those of the gradients are float32 as well."""
-    if case.dtype == "float64" or name == "embedding_backward":
+    if case.dtype == "float64" or name in _WITHOUT_PRODUCTS:
         return None
     setting = _loader.precision("float32")
     meaning = "TF32" if setting == "TF32" else "full float32"

@@ -21,12 +21,12 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
     xp, wide = namespace_of(a), np.dtype(accumulation_dtype(str(a.dtype)))
     if a.dtype != b.dtype:
         a, b = xp.astype(a, wide, copy=False), xp.astype(b, wide, copy=False)
-    direct = out is not None and out.dtype == wide and out.flags.c_contiguous
-    product = out if direct else xp.empty((a.shape[0], b.shape[1]), dtype=wide)
-    _loader.product(_ordered(a), _ordered(b), product)(0)
-    if out is None or direct:
-        return product
-    out[...] = product
+    fits = out is not None and out.dtype == wide and out.flags.c_contiguous
+    result = out if fits else xp.empty((a.shape[0], b.shape[1]), dtype=wide)
+    _loader.product(_ordered(a), _ordered(b), result)(0)
+    if out is None or fits:
+        return result
+    out[...] = xp.astype(result, out.dtype, copy=False)
     return out
 
 

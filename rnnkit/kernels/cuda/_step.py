@@ -39,11 +39,13 @@ def vector_of(columns: int, args: tuple[Any, ...]) -> int:
     Integers, such as lengths, are loaded one by one.
     """
     arrays = [array for array in args if hasattr(array, "strides") and array.dtype.kind != "i"]
-    if columns % _VECTOR or any(
-        _loader.address(array) % min(16, _VECTOR * array.itemsize) for array in arrays
-    ):
-        return 1
-    return _VECTOR
+    return 1 if columns % _VECTOR else vector_at(*arrays)
+
+
+def vector_at(*arrays: Array) -> int:
+    """Return how many elements a thread can load at once from where the arrays begin."""
+    aligned = [_loader.address(array) % min(16, _VECTOR * array.itemsize) == 0 for array in arrays]
+    return _VECTOR if all(aligned) else 1
 
 
 def steps(sequence: Array, reverse: bool) -> range:

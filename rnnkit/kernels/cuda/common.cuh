@@ -73,6 +73,22 @@ __device__ __forceinline__ void store(const REAL (&from)[VECTOR], T* to) {
     *reinterpret_cast<Pack<T, VECTOR>*>(to) = pack;
 }
 
+// The same at the end of an array, where only `left` elements remain: the others count as zero.
+template <class T>
+__device__ __forceinline__ void load_part(const T* from, long long left, REAL (&to)[VECTOR]) {
+    if (left >= VECTOR) return load(from, to);
+#pragma unroll
+    for (int v = 0; v < VECTOR; ++v) to[v] = v < left ? real(from[v]) : REAL(0);
+}
+
+template <class T>
+__device__ __forceinline__ void store_part(const REAL (&from)[VECTOR], long long left, T* to) {
+    if (left >= VECTOR) return store(from, to);
+#pragma unroll
+    for (int v = 0; v < VECTOR; ++v)
+        if (v < left) round_to(from[v], to[v]);
+}
+
 template <class T>
 __device__ __forceinline__ void store_zeros(T* to) {
     const REAL zeros[VECTOR] = {};
@@ -88,6 +104,12 @@ __device__ __forceinline__ long long rows() { return gridDim.x; }
 __device__ __forceinline__ long long column() {
     return ((long long)blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
 }
+
+// Kernels on one long vector run on a grid of one axis; where this thread begins, and how far a grid reaches.
+__device__ __forceinline__ long long place() {
+    return ((long long)blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
+}
+__device__ __forceinline__ long long stride() { return (long long)gridDim.x * blockDim.x * VECTOR; }
 
 // a + b into a.
 __device__ __forceinline__ void add(const REAL (&b)[VECTOR], REAL (&a)[VECTOR]) {

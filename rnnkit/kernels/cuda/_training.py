@@ -1,0 +1,82 @@
+"""What a training step needs besides its layers: the loss and the optimiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..._array import accumulation_dtype, namespace_of
+from ..._typing import Array
+from . import _loader
+from ._step import vector_at, vector_of
+
+_WARP = 32
+# Threads of a block; to be measured.
+_THREADS = 256
+# And of one that goes through a whole row or vector by itself, which wants as many loads under way.
+_THREADS_ALONE = 512
+
+
+def softmax_cross_entropy(logits: Array, targets: Array, counts: Array | None) -> tuple[Array, Array]:
+    """Return the mean loss () of the rows of logits (M, V) that count, and its gradient (M, V).
+
+    Two launches, the rows and their mean; with `counts` (M,) one before them. Sums have one order.
+    """
+    xp, (M, V) = namespace_of(logits), logits.shape
+    # All come through a reshape, which keeps the strides of a user's own array.
+    logits, targets = xp.ascontiguousarray(logits), xp.ascontiguousarray(targets)
+    dtype, wide = str(logits.dtype), np.dtype(accumulation_dtype(str(logits.dtype)))
+    losses, loss = xp.empty((M,), dtype=wide), xp.empty((), dtype=wide)
+    d_logits, n = xp.empty((M, V), dtype=logits.dtype), None
+
+    def launch(name: str, blocks: int, lanes: int, arguments: tuple[Any, ...], vector: int = 1) -> None:
+        threads = min(_THREADS_ALONE, -(-lanes // _WARP) * _WARP)
+        room = threads // _WARP * wide.itemsize
+        _loader.kernel("cross_entropy", name, dtype, vector)((blocks,), (threads,), arguments, room)
+
+    if counts is not None:
+        counts, n = xp.ascontiguousarray(counts), xp.empty((), dtype=wide)
+        launch("cross_entropy_count", 1, M, (counts, n, M))
+    vector = vector_of(V, (logits, d_logits))
+    rows = logits, targets, counts, n, losses, d_logits, V
+    launch("cross_entropy_rows", M, -(-V // vector), rows, vector)
+    launch("cross_entropy_mean", 1, M, (losses, n, loss, M))
+    return loss, d_logits
+
+
+def adam(
+    flat: Array, d_flat: Array, mean: Array, square: Array, *, betas: tuple[float, float], steps: int,
+    lr: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """Change flat, mean and square (N,) in place by a step of Adam: one launch, which reads each once."""
+    N = flat.shape[0]
+    if not N:
+        return
+    beta_1, beta_2 = betas
+    step_size, root = lr / (1.0 - beta_1**steps), (1.0 - beta_2**steps) ** 0.5
+    numbers = beta_1, beta_2, 1.0 - lr * weight_decay, step_size, root, eps
+    vector = vector_at(flat, d_flat, mean, square)
+    launch = _loader.kernel("adam", "adam", str(flat.dtype), vector)
+    arguments = flat, d_flat, mean, square, *map(float, numbers), N
+    launch((-(-N // (vector * _THREADS)),), (_THREADS,), arguments)
+
+
+def clip(flat: Array, max_norm: float) -> Array:
+    """Scale flat (N,) in place to a norm of at most `max_norm` and return the norm that it had, ().
+
+    Two launches: sums of squares, and the scaling; the same bits every time.
+    """
+    N, dtype = flat.shape[0], str(flat.dtype)
+    xp, wide = namespace_of(flat), np.dtype(accumulation_dtype(dtype))
+    vector = vector_at(flat)
+    # Each thread of the second launch adds one of the sums.
+    blocks = max(1, min(_THREADS_ALONE, -(-N // (vector * _THREADS_ALONE))))
+    sums, norm = xp.empty((blocks,), dtype=wide), xp.empty((), dtype=wide)
+    room = _THREADS_ALONE // _WARP * wide.itemsize
+    for name, arguments in [
+        ("clip_sums", (flat, sums, N)),
+        ("clip_scale", (flat, sums, norm, float(max_norm), N)),
+    ]:
+        _loader.kernel("clip", name, dtype, vector)((blocks,), (_THREADS_ALONE,), arguments, room)
+    return norm
