@@ -19,7 +19,7 @@ from .._case import Case
 try:
     from numba.core import event
 
-    from . import _blas, _pieces, _scans, _steps, _team
+    from . import _blas, _pieces, _rows, _scans, _steps, _team
     from ._atomic import POSSIBLE
     from ._simd import REGISTER_BYTES
     from ._threads import helped, run_tiles, thread_limit
@@ -69,6 +69,9 @@ _LARGE_WEIGHT = 3 << 20
 # 0.60 / 0.62 ms at H=512, and 4.3 / 2.3 at H=1024.
 _SMALL_WEIGHT = 2 << 20
 
+# Numbers below which the rows of a table are added up on one thread.
+_SMALL_SUM = 1 << 18
+
 
 def warmup() -> None:
     """Compile all functions, or load what was compiled before: float32 and float64, every cell."""
@@ -85,6 +88,7 @@ def warmup() -> None:
         lstm_backward(lstm, weight[4], gates[1], state, state)
         gru_backward(gru, weight[3], gates[1], state)
         rnn_backward(rnn, weight[1], gates[1], state)
+        embedding_backward(state, np.zeros(1, np.int64), 1)
         for states in (state, state[None]):
             lstm_short(gates[1], states, states, weight[4], weight[4], gates[4][0, 0], gates[4][0, 0])
 
@@ -252,6 +256,18 @@ def matmul(a: Float, b: Float, out: Float | None = None) -> Float:
     """Return a @ b for 2-D arrays, in `out` if given."""
     product: Float = _blas.matmul(a, b, out)
     return product
+
+
+def embedding_backward(d_rows: Float, index: Index, num_rows: int) -> Float:
+    """Return the gradient (num_rows, N) of the table whose rows `index` (M,) gave `d_rows` (M, N)."""
+    N = d_rows.shape[1]
+    total = np.zeros((num_rows, N), d_rows.dtype)
+    rows, places, sums = _flat(d_rows, np.ascontiguousarray(index), total)
+    parts = min(thread_limit(), N) if d_rows.size > _SMALL_SUM else 1
+    run_tiles(
+        lambda k: _rows.add_rows(rows, places, sums, N, N * k // parts, N * (k + 1) // parts), parts, parts
+    )
+    return total
 
 
 # ------------------------------------------------------------------------------------------- pieces
