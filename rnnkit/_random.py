@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import secrets
+import os
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ _MASK = 0xFFFFFFFF
 
 def fresh_seed() -> int:
     """Return a seed from the operating system, for callers who gave none."""
-    return secrets.randbits(32)
+    return int.from_bytes(os.urandom(4), "little")
 
 
 def derive_seed(seed: int, label: str) -> int:

@@ -12,8 +12,8 @@ from ._typing import Array
 from .validation import check_dtype, check_lengths, check_tokens, zero_padding
 
 # The share of live steps from which on they are not packed. LSTM, one thread of a Zen 3, time without over
-# time with packing, forward and training, (T, B, I=H): half live 1.26 and 1.47 for (50, 32, 128), 1.35 and 1.38
-# for (50, 64, 256), 1.25 and 1.78 for (20, 64, 512); at 0.7 between 0.84 and 1.23, from 0.8 on about 1.
+# time with packing, forward and training, (T, B, I=H): half of them live 1.26 and 1.47 for (50, 32, 128),
+# 1.35 and 1.38 for (50, 64, 256), 1.25 and 1.78 for (20, 64, 512); at 0.7 from 0.84 to 1.23, then about 1.
 _DENSE = 0.75
 
 

@@ -138,6 +138,14 @@ def test_public_names():
             assert inspect.getdoc(value), name
 
 
+def test_modules_load_when_their_names_are_used():
+    assert "rnnkit.recurrent" not in loaded_after("import rnnkit")
+    assert "rnnkit.training" not in loaded_after("import rnnkit; rnnkit.LSTM(3, 4)")
+    assert set(rnnkit.__all__) <= set(dir(rnnkit))
+    with pytest.raises(AttributeError, match="module 'rnnkit' has no attribute 'lstm'"):
+        rnnkit.lstm  # noqa: B018
+
+
 def test_docstring_examples():
     import doctest
 
