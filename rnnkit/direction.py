@@ -99,10 +99,8 @@ class Direction:
             return output, final, None
         return output, final, Recorded(rows, states[0] if call.has_state else None, output, saved)
 
-    def _input_of_layer(
-        self, x: Array, rows: Array, call: SequenceInput
-    ) -> tuple[Array, dict[str, Any]]:
-        """Return what a kernel that includes the input projection takes as its input, and all its keywords."""
+    def _input_of_layer(self, x: Array, rows: Array, call: SequenceInput) -> tuple[Array, dict[str, Any]]:
+        """Return the input of a kernel that includes the input projection, and all its keywords."""
         options: dict[str, Any] = {**self._options, "bias": self._gate_bias() if self._has_bias else None}
         index = None if call.live is None else call.live.positions
         if not is_integer(rows):

@@ -135,6 +135,45 @@ def test_agrees_with_the_reference(cell, dtype, ragged, reverse, H, T):
         assert same_bits(before, problem.inputs)
 
 
+@pytest.mark.parametrize("given", ["x", "packed", "table", "table of shares", "large", "large table"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_layer_is_projection_and_scan(cell, ragged, given, rng, monkeypatch):
+    monkeypatch.setattr(kernels._tiles, "_CHUNK_ROWS", int(rng.integers(1, 40)))
+    if given.startswith("large"):
+        monkeypatch.setattr(kernels._tiles, "_LARGE_INPUT", 0)
+    for T, B, I, H in ((23, 5, 9, 17), (1, 1, 40, 16), (6, 33, 1, 3)):
+        problem = Problem(
+            cell, T=T, B=B, H=H, ragged=ragged, reverse=bool(rng.integers(2)), seed=rng.integers(99)
+        )
+        columns, bias = problem.gates.shape[2], rng.standard_normal(problem.gates.shape[2]).astype("float32")
+        weight, index = (rng.standard_normal((columns, I)) * I**-0.5).astype("float32"), None
+        live = ~np.isnan(problem.gates[:, :, 0])
+        if given in ("x", "large"):
+            x = rng.standard_normal((T, B, I)).astype("float32")
+            rows = x.copy()
+            x[~live] = np.nan
+        else:
+            x = rng.standard_normal((T * B if given == "packed" else 4, I)).astype("float32")
+            index = np.zeros((T, B), np.int64)
+            index[live] = (
+                rng.permutation(T * B)[: live.sum()] if given == "packed" else rng.integers(0, 4, live.sum())
+            )
+            rows = x[index]
+        problem.gates = rows @ weight.T + bias
+        shares = given == "table of shares"
+        layer = getattr(kernels, f"{problem.cell}_layer")
+        for save in (True, False):
+            *results, saved = layer(
+                x @ weight.T if shares else x, *problem.states, problem.weight, **problem.options,
+                weight_ih=None if shares else weight, bias=bias, index=index, save=save,
+            )  # fmt: skip
+            assert_close(results, problem.forward(reference)[0], "float32")
+            if save:
+                ours = problem.backward(saved)
+                assert_close(ours, problem.backward(problem.forward(reference)[1], reference), "float32")
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("T", [1, 6])
 @pytest.mark.parametrize(("B", "I", "H"), [(1, 64, 64), (3, 5, 17), (1, 33, 50), (2, 1, 1)])

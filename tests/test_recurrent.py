@@ -230,10 +230,10 @@ def compare_with_torch(torch, layer, cell, x, state, lengths, rng):
     our_grads = [to_numpy(a) for a in our_grads]
     grad_error = distance(our_grads, gradients)
     if dtype == np.float32 and grad_error > 1e-5:
-        # Where a gradient nearly cancels, both are rounded coarsely: then ours may be as far from the truth as
-        # torch's, but not much farther.
-        wide = [np.asarray(part, np.float64) for part in (x, *state, d_output, *d_state)]
-        x, state, d_output, d_state = wide[0], wide[1 : 1 + len(state)], wide[1 + len(state)], wide[2 + len(state) :]
+        # Where a gradient nearly cancels, both are rounded coarsely: then ours may be as far from the truth
+        # as torch's, but not much farther.
+        x, *wide = (np.asarray(part, np.float64) for part in (x, d_output, *state, *d_state))
+        d_output, (state, d_state) = wide[0], (wide[1 : 1 + len(state)], wide[1 + len(state) :])
         _, exact = run_torch(torch, peer.double(), x, state, lengths, d_output, d_state)
         if distance(our_grads, exact) <= 3 * distance(gradients, exact):
             grad_error = 0.0

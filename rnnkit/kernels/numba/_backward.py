@@ -10,10 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from ._pieces import blocks_to_rows, clear_padding, compiled, product, row_stride, rows_to_blocks, still_active
+from ._pieces import (
+    blocks_to_rows,
+    clear_padding,
+    compiled,
+    product,
+    row_stride,
+    rows_to_blocks,
+    still_active,
+)
 from ._simd import lanes, load, load_part, store, store_part, tanh, where_positive
 from ._team import enter, next_phase
-
 
 
 @compiled

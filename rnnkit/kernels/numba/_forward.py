@@ -5,9 +5,9 @@ as `order` (indices into the batch, longest first) and `steps` (how many each ha
 tile reads and writes only rows of its own sequences, so tiles may run at the same time.
 
 The input's share of the gates is computed for `chunk` steps at once, so that its product has rows enough,
-into z, which stays in the caches. See `_input` for `source`, `index`, `width` and `weight_ih`, and for where
-a row of z lies. A step's recurrent products go to w, and both are added up when the gates are computed: a
-long sum that began with the input's share would be rounded more coarsely.
+into z, which stays in the caches: `_input` says what `source` is, and where a row of z lies. A step's
+recurrent products go to w, and both are added up when the gates are computed: a long sum that began with the
+input's share would be rounded more coarsely.
 
 `team`, `shared` and `leader` are for several threads on one tile (see `_team`), each of which computes the
 blocks `low` to `high` of the hidden units. Members may be more at the next step, so all states are in
@@ -43,12 +43,12 @@ from ._team import enter, next_phase
 
 @compiled
 def lstm_forward(
-    order: Any, steps: Any, source: Any, index: Any, width: int, weight_ih: Any, bias: Any, chunk: int,
-    h_0: Any, c_0: Any, panels: Any, output: Any, h_n: Any, c_n: Any, gates: Any, c_prev: Any, T: int, B: int,
-    H: int, reverse: bool, save: bool, team: Any, shared: Any, leader: bool,
+    order: Any, steps: Any, source: Any, bias: Any, h_0: Any, c_0: Any, panels: Any, output: Any, h_n: Any,
+    c_n: Any, gates: Any, c_prev: Any, T: int, B: int, H: int, reverse: bool, save: bool, team: Any,
+    shared: Any, leader: bool,
 ) -> None:  # fmt: skip
     """Compute output, h_n, c_n; with `save` also c_prev, and gates after their nonlinearity."""
-    U, b = lanes(output), order.size
+    U, b, (width, chunk) = lanes(output), order.size, source[3:]
     blocks, stride, z_stride = (H + U - 1) // U, row_stride(H, U), z_stride_of(chunk, b, U)
     room = shared if shared.size else np.empty(room_of(b, 4, H, width, chunk, U), output.dtype)
     h, c, rest = room[: 2 * b * stride], room[2 * b * stride :], 2 * b * stride + blocks * b * U
@@ -59,17 +59,14 @@ def lstm_forward(
         clear_padding(output, order, steps, T, B, H)
         put_states(h_0, order, H, stride, h)
         rows_to_blocks(c_0, order, H, c)
-        gather_rows(source, index, width, weight_ih, order, starts, 0, chunk, reverse, B, rows)
+        gather_rows(source, order, starts, 0, reverse, B, rows)
     me, last = enter(team, leader), steps[0] + (steps[0] + chunk - 1) // chunk
     phase, members = next_phase(team, me, 0, last)
     while phase <= last:
         low, high = blocks * me // members, blocks * (me + 1) // members
         first, step = chunk_of(phase, chunk)
         if step < first:
-            add_input(
-                source, index, width, weight_ih, order, starts, first, chunk, reverse, B, 4, H, low, high, rows,
-                z, z_stride,
-            )  # fmt: skip
+            add_input(source, order, starts, first, reverse, B, 4, H, low, high, rows, z, z_stride)
             phase, members = next_phase(team, me, phase, last)
             continue
         t = steps[0] - 1 - step if reverse else step
@@ -112,7 +109,7 @@ def lstm_forward(
                         store_part(c_prev, to, c_old, n)
                 start += count
         if leader and step + 1 == first + chunk:
-            gather_rows(source, index, width, weight_ih, order, starts, step + 1, chunk, reverse, B, rows)
+            gather_rows(source, order, starts, step + 1, reverse, B, rows)
         phase, members = next_phase(team, me, phase, last)
     if me > 0:
         return
@@ -122,12 +119,12 @@ def lstm_forward(
 
 @compiled
 def gru_forward(
-    order: Any, steps: Any, source: Any, index: Any, width: int, weight_ih: Any, bias: Any, chunk: int,
-    h_0: Any, bias_hn: Any, panels: Any, output: Any, h_n: Any, gates: Any, recurrent_n: Any, T: int, B: int,
-    H: int, reverse: bool, save: bool, team: Any, shared: Any, leader: bool,
+    order: Any, steps: Any, source: Any, bias: Any, h_0: Any, bias_hn: Any, panels: Any, output: Any,
+    h_n: Any, gates: Any, recurrent_n: Any, T: int, B: int, H: int, reverse: bool, save: bool, team: Any,
+    shared: Any, leader: bool,
 ) -> None:  # fmt: skip
     """Compute output, h_n; with `save` also recurrent_n, and gates after their nonlinearity."""
-    U, b = lanes(output), order.size
+    U, b, (width, chunk) = lanes(output), order.size, source[3:]
     blocks, stride, z_stride = (H + U - 1) // U, row_stride(H, U), z_stride_of(chunk, b, U)
     room = shared if shared.size else np.empty(room_of(b, 3, H, width, chunk, U), output.dtype)
     h, z = room[: 2 * b * stride], room[2 * b * stride :]
@@ -137,17 +134,14 @@ def gru_forward(
     if leader:
         clear_padding(output, order, steps, T, B, H)
         put_states(h_0, order, H, stride, h)
-        gather_rows(source, index, width, weight_ih, order, starts, 0, chunk, reverse, B, rows)
+        gather_rows(source, order, starts, 0, reverse, B, rows)
     me, last = enter(team, leader), steps[0] + (steps[0] + chunk - 1) // chunk
     phase, members = next_phase(team, me, 0, last)
     while phase <= last:
         low, high = blocks * me // members, blocks * (me + 1) // members
         first, step = chunk_of(phase, chunk)
         if step < first:
-            add_input(
-                source, index, width, weight_ih, order, starts, first, chunk, reverse, B, 3, H, low, high, rows,
-                z, z_stride,
-            )  # fmt: skip
+            add_input(source, order, starts, first, reverse, B, 3, H, low, high, rows, z, z_stride)
             phase, members = next_phase(team, me, phase, last)
             continue
         t = steps[0] - 1 - step if reverse else step
@@ -186,7 +180,7 @@ def gru_forward(
                         store_part(recurrent_n, to, recurrent, n)
                 start += count
         if leader and step + 1 == first + chunk:
-            gather_rows(source, index, width, weight_ih, order, starts, step + 1, chunk, reverse, B, rows)
+            gather_rows(source, order, starts, step + 1, reverse, B, rows)
         phase, members = next_phase(team, me, phase, last)
     if me > 0:
         return
@@ -195,12 +189,11 @@ def gru_forward(
 
 @compiled
 def rnn_forward(
-    order: Any, steps: Any, source: Any, index: Any, width: int, weight_ih: Any, bias: Any, chunk: int,
-    h_0: Any, panels: Any, output: Any, h_n: Any, T: int, B: int, H: int, rectified: bool, reverse: bool,
-    team: Any, shared: Any, leader: bool,
+    order: Any, steps: Any, source: Any, bias: Any, h_0: Any, panels: Any, output: Any, h_n: Any, T: int,
+    B: int, H: int, rectified: bool, reverse: bool, team: Any, shared: Any, leader: bool,
 ) -> None:  # fmt: skip
     """Compute output and h_n."""
-    U, b = lanes(output), order.size
+    U, b, (width, chunk) = lanes(output), order.size, source[3:]
     blocks, stride, z_stride = (H + U - 1) // U, row_stride(H, U), z_stride_of(chunk, b, U)
     room = shared if shared.size else np.empty(room_of(b, 1, H, width, chunk, U), output.dtype)
     h, z = room[: 2 * b * stride], room[2 * b * stride :]
@@ -210,17 +203,14 @@ def rnn_forward(
     if leader:
         clear_padding(output, order, steps, T, B, H)
         put_states(h_0, order, H, stride, h)
-        gather_rows(source, index, width, weight_ih, order, starts, 0, chunk, reverse, B, rows)
+        gather_rows(source, order, starts, 0, reverse, B, rows)
     me, last = enter(team, leader), steps[0] + (steps[0] + chunk - 1) // chunk
     phase, members = next_phase(team, me, 0, last)
     while phase <= last:
         low, high = blocks * me // members, blocks * (me + 1) // members
         first, step = chunk_of(phase, chunk)
         if step < first:
-            add_input(
-                source, index, width, weight_ih, order, starts, first, chunk, reverse, B, 1, H, low, high, rows,
-                z, z_stride,
-            )  # fmt: skip
+            add_input(source, order, starts, first, reverse, B, 1, H, low, high, rows, z, z_stride)
             phase, members = next_phase(team, me, phase, last)
             continue
         t = steps[0] - 1 - step if reverse else step
@@ -246,7 +236,7 @@ def rnn_forward(
                         store_part(output, row + k * U, h_new, n)
                 start += count
         if leader and step + 1 == first + chunk:
-            gather_rows(source, index, width, weight_ih, order, starts, step + 1, chunk, reverse, B, rows)
+            gather_rows(source, order, starts, step + 1, reverse, B, rows)
         phase, members = next_phase(team, me, phase, last)
     if me > 0:
         return

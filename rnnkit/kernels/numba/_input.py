@@ -1,12 +1,12 @@
 """The input's share of the gates inside a scan: for some steps at once, while it is in the caches.
 
-A scan reads its input from `source`, rows of `width` numbers. Step t of sequence s reads row index[t * B + s],
-or where `index` is empty row t * B + s. With `weight_ih`, as panels, rows are multiplied with it; where it is empty a
-row is itself the share (G * H) of the gates.
+A scan's `source` is a tuple (rows, index, weight_ih, width, chunk). Step t of sequence b reads row
+index[t * B + b], or where `index` is empty row t * B + b. Rows of `width` numbers are multiplied with
+weight_ih, which is in panels; where that is empty a row is itself the share (G * H) of the gates.
 
-The steps of a scan are done in chunks. The live rows of a chunk stand close together, in the order of the
-scan's steps: those of step s begin at starts[s] - starts[first], where `first` is the chunk's first step.
-z holds for each panel, block by block and gate by gate, `z_stride` apart, one vector a row.
+Steps are done in chunks of so many. The live rows of a chunk stand close together, in the order of the scan's
+steps: those of a step begin at starts[step] - starts[first], where `first` is the chunk's first step. z holds
+for each panel, block by block and gate by gate, `z_stride` apart, one vector a row.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def z_stride_of(chunk: int, b: int, U: int) -> int:
 
 
 @compiled
-def room_of(b: int, G: int, H: int, width: int, chunk: int, U: int) -> int:
+def room_of(b: int, G: int, H: int, width: int, chunk: int, U: int) -> Any:
     """Return how many numbers a scan works on: h twice, one more state, z, and the gathered rows."""
     blocks = (H + U - 1) // U
     states = 2 * b * row_stride(H, U) + blocks * b * U
@@ -58,10 +58,10 @@ def room_of(b: int, G: int, H: int, width: int, chunk: int, U: int) -> int:
 
 @compiled
 def gather_rows(
-    source: Any, index: Any, width: int, weight_ih: Any, order: Any, starts: Any, first: int, chunk: int,
-    reverse: bool, B: int, rows: Any,
-) -> None:  # fmt: skip
-    """Copy what a chunk multiplies into `rows`: close together, and never a power of two apart."""
+    source: Any, order: Any, starts: Any, first: int, reverse: bool, B: int, chunk_rows: Any
+) -> None:
+    """Copy what a chunk multiplies into `chunk_rows`: close together, and never a power of two apart."""
+    rows, index, weight_ih, width, chunk = source
     if weight_ih.size == 0:
         return
     U, T = lanes(rows), starts.size - 1
@@ -72,22 +72,23 @@ def gather_rows(
             at = t * B + order[r]
             at = (index[at] if index.size else at) * width
             for k in range(0, width, U):
-                store_part(rows, to + k, load_part(source, at + k, width - k), width - k)
+                store_part(chunk_rows, to + k, load_part(rows, at + k, width - k), width - k)
             to += stride
 
 
 @compiled
 def add_input(
-    source: Any, index: Any, width: int, weight_ih: Any, order: Any, starts: Any, first: int, chunk: int,
-    reverse: bool, B: int, G: int, H: int, low: int, high: int, rows: Any, z: Any, z_stride: int,
+    source: Any, order: Any, starts: Any, first: int, reverse: bool, B: int, G: int, H: int, low: int,
+    high: int, chunk_rows: Any, z: Any, z_stride: int,
 ) -> None:  # fmt: skip
     """Put the input's share of a chunk's gates into z, for the blocks from `low` to `high`."""
+    rows, index, weight_ih, width, chunk = source
     U, T = lanes(z), starts.size - 1
     last = min(first + chunk, T)
     if weight_ih.size > 0:
         product(
-            rows, 0, row_stride(width, U), starts[last] - starts[first], weight_ih, low * G * width * U, width,
-            (high - low) * G, z, low * G * z_stride, z_stride, True,
+            chunk_rows, 0, row_stride(width, U), starts[last] - starts[first], weight_ih, low * G * width * U,
+            width, (high - low) * G, z, low * G * z_stride, z_stride, True,
         )  # fmt: skip
         return
     for step in range(first, last):
@@ -97,6 +98,6 @@ def add_input(
             at = (index[at] if index.size else at) * G * H
             for j in range(low, high):
                 for gate in range(G):
-                    values = load_part(source, at + gate * H + j * U, H - j * U)
+                    values = load_part(rows, at + gate * H + j * U, H - j * U)
                     store(z, (j * G + gate) * z_stride + to, values)
             to += U

@@ -49,7 +49,7 @@ class Source(NamedTuple):
     Attributes
     ----------
     rows : array (..., I), or with no weight (..., G*H)
-    index : array (T, B) of int64, or None
+    places : array (T, B) of int64, or None
         Which row each step reads; None means row t * B + b. Of what is padding any.
     weight_ih : array (G*H, I) or None
         None means that the rows are shares of the gates already, biases included.
@@ -57,7 +57,7 @@ class Source(NamedTuple):
     """
 
     rows: Float
-    index: Index | None = None
+    places: Index | None = None
     weight_ih: Float | None = None
     bias: Float | None = None
 
@@ -98,7 +98,7 @@ class Tiles:
         self._T, self._B, self._H, self._gates = T, B, H, columns // H if H else 0
 
     def given(self, source: Source) -> tuple[Any, ...]:
-        """Return what a forward scan takes for its input: see `_input`."""
+        """Return the `source` that a forward scan takes, as `_input` describes it, and the bias."""
         rows, index, weight, bias = source
         if weight is not None and weight.size > _LARGE_INPUT:
             if index is not None and rows.shape[0] > index.size:
@@ -114,7 +114,7 @@ class Tiles:
         if bias is None:
             bias = np.zeros(self._gates * self._H, values.dtype)
         panels = values[:0] if weight is None else self.pack_forward(weight)
-        return values, where, width, panels, *flat(bias), chunk
+        return (values, where, panels, width, chunk), *flat(bias)
 
     def pack_forward(self, weight: Float) -> Float:
         """Return the transposed weights (G*H, K) as panels."""
@@ -131,20 +131,19 @@ class Tiles:
         blocks = -(-self._H // lanes)
         panels, (values,) = aligned(blocks * depth * lanes, weight.dtype), flat(weight)
         parts = min(self._threads, blocks) if weight.size > _SMALL_WEIGHT else 1
-        run_tiles(
-            lambda k: pack(values, *sizes, panels, blocks * k // parts, blocks * (k + 1) // parts), parts, parts
-        )
+        bounds = [blocks * k // parts for k in range(parts + 1)]
+        run_tiles(lambda k: pack(values, *sizes, panels, bounds[k], bounds[k + 1]), parts, parts)
         return panels
 
     def run(self, scan: Any, *args: Any) -> None:
         """Run the compiled scan on all tiles."""
         if not self._helpers:
             run_tiles(
-                lambda k: scan(self._orders[k], self._steps[k], *args, _NO_TEAM, args[0][:0], True),
+                lambda k: scan(self._orders[k], self._steps[k], *args, _NO_TEAM, args[1][:0], True),
                 len(self._orders), self._threads,
             )  # fmt: skip
             return
-        team, shared = _team.new_team(), aligned(self._room, args[0].dtype)
+        team, shared = _team.new_team(), aligned(self._room, args[1].dtype)
         given = (self._orders[0], self._steps[0], *args, team, shared)
         with helped(self._helpers, lambda: scan(*given, False), lambda: _team.dissolve(team)):
             scan(*given, True)
