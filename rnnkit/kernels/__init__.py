@@ -19,9 +19,12 @@ case; a faster module defines any subset of the same names, with the same argume
     softmax_cross_entropy(logits, targets, counts) -> loss, d_logits
     matmul(a, b, out=None) -> a @ b, 2-D, in `out` if given: the large products before and after a scan
 
-A module may add, for few steps and sequences, a forward scan with the input projection included::
+A module may add, for few steps and sequences, a forward scan with the input projection included, with states
+(1, B, H), and biases of no elements for a layer that has none::
 
     lstm_short(x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh) -> output, h_n, c_n
+    gru_short(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh) -> output, h_n
+    rnn_short(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, *, nonlinearity="tanh") -> output, h_n
 
 Each has ``why_not(name, case)``, None where it can serve the case and otherwise the reason, in a few words.
 It may have ``note(name, case)``, a line for `explain()` on what the numbers depend on, or None. A scan's
