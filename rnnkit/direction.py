@@ -11,15 +11,20 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ._array import Backend, accumulation_dtype, is_integer
 from ._typing import Array
 from .kernels import Case, Kernels, kernels_for
 from .sequence import SequenceInput
 
-# Multiplications up to which a kernel for short sequences is taken. Microseconds of a call without and with
-# it, two threads of a busy Zen 3, (T, B, I, H): (20, 1, 4, 50) 119 and 88; (100, 1, 64, 64), 3.3 million,
-# 280 and 220; (1, 32, 128, 128) and (1, 8, 256, 256), 4.2 million, 329 and 271, 406 and 300.
-_SHORT = 4_000_000
+# Multiplications up to which a kernel for short sequences is taken; what each step of each sequence costs
+# besides, in multiplications; the steps up to which it always is. Microseconds of an LSTM without and with
+# it (Zen 3, one thread of a busy machine), (T, B, I=H): (100, 1, 64) 371 and 315, (1, 32, 128) 380 and 348,
+# (1, 8, 256) 441 and 337. Many steps of few units: (100, 8, 16) 221 and 297. Few of many units, whose weights
+# the other kernels pack for each call: (1, 1, 1024) 4739 and 1589, (1, 4, 1024) 6576 and 4607; on two threads
+# (1, 4, 1024) 5141 and 4284, but (1, 8, 1024) 6493 and 8863.
+_SHORT, _PER_STEP, _FEW_STEPS = 4_500_000, 4_000, 4
 
 
 class Recorded(NamedTuple):
@@ -67,10 +72,16 @@ class Direction:
         self._reverse, self._matmul = reverse, matmul
         self._weight_ih, self._weight_hh = params["weight_ih"], params["weight_hh"]
         self._weight_ih_transposed = backend.xp.matrix_transpose(self._weight_ih)
-        self._work = math.prod(self._weight_ih.shape) + math.prod(self._weight_hh.shape)  # of one row
         self._has_bias = "bias_ih" in params
         self._wide = accumulation_dtype(case.dtype)
         self._options = self._scan_options()
+        self._short = f"{case.cell}_short"
+        work = math.prod(self._weight_ih.shape) + math.prod(self._weight_hh.shape) + _PER_STEP
+        self._short_steps = max(_SHORT // work, _FEW_STEPS)
+        no_bias = self._weight_hh[:0, 0]
+        biases = (params.get(name, no_bias) for name in ("bias_ih", "bias_hh"))
+        self._short_params = (self._weight_ih, self._weight_hh, *biases)
+        self._short_options = self._options if case.cell == "rnn" else {}
 
     # ------------------------------------------------------------------------------------- forward
 
@@ -78,6 +89,10 @@ class Direction:
         self, kernels: Kernels, x: Array, states: list[Array], call: SequenceInput, *, save: bool
     ) -> tuple[Array, list[Array], Recorded | None]:
         """Return the output (T, B, P), the final states (B, .), and what the way back needs."""
+        if self._short in kernels.functions and not (save or self._reverse or call.lengths is not None):
+            short = self._run_short(kernels, x, [state[None] for state in states])
+            if short is not None:
+                return short[0], [state[0] for state in short[1]], None
         xp, (T, B) = self._backend.xp, x.shape[:2]
         rows = xp.reshape(x, (T * B, *x.shape[2:]))
         if call.live is not None:
@@ -104,7 +119,8 @@ class Direction:
         options: dict[str, Any] = {**self._options, "bias": self._gate_bias() if self._has_bias else None}
         index = None if call.live is None else call.live.positions
         if not is_integer(rows):
-            return x if index is None else rows, {**options, "index": index, "weight_ih": self._weight_ih}
+            source = self._backend.xp.reshape(rows, x.shape) if index is None else rows
+            return source, {**options, "index": index, "weight_ih": self._weight_ih}
         few = rows.shape[0] < self._table_length(call.embedding)
         if call.embedding is not None and few:
             return call.embedding, {**options, "index": x, "weight_ih": self._weight_ih}
@@ -115,11 +131,29 @@ class Direction:
 
     def step(self, kernels: Kernels, x_t: Array, states: list[Array]) -> tuple[Array, list[Array]]:
         """Return the output (B, P) and the states (1, B, .) after one step x_t (B, I), of NumPy arrays."""
+        short = self._run_short(kernels, x_t[None], states)
+        if short is not None:
+            return short[0][0], short[1]
+        initial = [np.ascontiguousarray(state[0]) for state in states]
         output, *final, _ = kernels[f"{self._case.cell}_forward"](
-            self.input_share(x_t)[None], *[state[0] for state in states], self._weight_hh, **self._options,
-            save=False,
-        )  # fmt: skip
+            self.input_share(x_t)[None], *initial, self._weight_hh, **self._options, save=False
+        )
         return output[0], [state[None] for state in final]
+
+    def _run_short(self, kernels: Kernels, x: Array, states: list[Array]) -> tuple[Array, list[Array]] | None:
+        """Return the output (T, B, P) and the states (1, B, .) from the kernel for short sequences.
+
+        None where there is none, where there is too much to do, or where x (T, B, I) or a state is not of the
+        kind that it takes.
+        """
+        run = kernels.functions.get(self._short)
+        if run is None or x.ndim != 3 or x.shape[0] * x.shape[1] > self._short_steps:
+            return None
+        for array in (x, *states):
+            if not array.flags.carray:
+                return None
+        output, *final = run(x, *states, *self._short_params, **self._short_options)
+        return output, final
 
     def input_share(self, rows: Array, embedding: Array | None = None) -> Array:
         """Return (n, G*H), what the input adds to the gates, and the biases.
@@ -290,37 +324,6 @@ class Direction:
 
 class LSTMDirection(Direction):
     """One direction of one layer of an LSTM: with a projection if it has one."""
-
-    def forward(
-        self, kernels: Kernels, x: Array, states: list[Array], call: SequenceInput, *, save: bool
-    ) -> tuple[Array, list[Array], Recorded | None]:
-        """Take the kernel for short sequences if there is one and the case is plain."""
-        short = kernels.functions.get("lstm_short")
-        if short is None or save or self._reverse or call.lengths is not None or not self._is_short(x):
-            return super().forward(kernels, x, states, call, save=save)
-        if not (x.flags.carray and all(state.flags.carray for state in states)):
-            return super().forward(kernels, x, states, call, save=save)
-        output, *final = short(x, *states, self._weight_ih, self._weight_hh, *self._biases)
-        return output, final, None
-
-    def step(self, kernels: Kernels, x_t: Array, states: list[Array]) -> tuple[Array, list[Array]]:
-        """Take the kernel for short sequences if there is one and the sequences are few."""
-        short, x = kernels.functions.get("lstm_short"), x_t[None]
-        if short is None or not self._is_short(x):
-            return super().step(kernels, x_t, states)
-        output, *final = short(x, *states, self._weight_ih, self._weight_hh, *self._biases)
-        return output[0], final
-
-    def _is_short(self, x: Array) -> bool:
-        return bool(x.ndim == 3 and x.shape[0] * x.shape[1] * self._work <= _SHORT)
-
-    @property
-    def _biases(self) -> tuple[Array, Array]:
-        """Return both biases (4H,), or empty ones."""
-        if self._has_bias:
-            return self._params["bias_ih"], self._params["bias_hh"]
-        empty = self._weight_hh[:0, 0]
-        return empty, empty
 
     def _scan_options(self) -> dict[str, Any]:
         return {"weight_hr": self._params["weight_hr"]} if "weight_hr" in self._params else {}

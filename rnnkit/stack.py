@@ -188,23 +188,21 @@ class Stack(Layer):
     # ------------------------------------------------------------------------------------- streaming
 
     def _fits_quick_step(self, x_t: Any, state: State) -> bool:
-        """Whether this is the plain case of a stream: NumPy arrays (B, I) and state, all as they should be.
+        """Whether this is the plain case of a stream: NumPy arrays x_t (B, I) and state, all as is right.
 
         All else, errors included, takes the general way.
         """
         dtype = self._step_dtype
-        if type(x_t) is not np.ndarray or x_t.dtype != dtype or not x_t.flags.carray:
+        if type(x_t) is not np.ndarray or x_t.dtype != dtype or x_t.ndim != 2:
             return False
-        if x_t.ndim != 2 or x_t.shape[1] != self.input_size:
-            return False
+        B, features = x_t.shape
         parts = state if isinstance(state, tuple) else (state,)
-        if len(parts) != len(self._step_sizes):
+        if features != self.input_size or len(parts) != len(self._step_sizes):
             return False
-        layers, B = self.num_layers, len(x_t)
         for part, size in zip(parts, self._step_sizes, strict=True):
-            if type(part) is not np.ndarray or part.dtype != dtype or part.shape != (layers, B, size):
+            if type(part) is not np.ndarray or part.dtype != dtype:
                 return False
-            if not part.flags.carray:
+            if part.shape != (self.num_layers, B, size):
                 return False
         return True
 

@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("numba")
 
 import rnnkit
+from rnnkit import direction
 from rnnkit.kernels import Case, kernels_for, reference
 from rnnkit.kernels import numba as kernels
 
@@ -174,24 +175,99 @@ def test_layer_is_projection_and_scan(cell, ragged, given, rng, monkeypatch):
                 assert_close(ours, problem.backward(problem.forward(reference)[1], reference), "float32")
 
 
+def layer_of(cell, I, H, dtype, **options):
+    """Return a layer of NumPy arrays."""
+    if cell == "relu":
+        options["nonlinearity"] = "relu"
+    kind = {"lstm": rnnkit.LSTM, "gru": rnnkit.GRU}.get(cell, rnnkit.RNN)
+    return kind(I, H, dtype=dtype, backend="numpy", seed=0, **options)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("T", [1, 6])
-@pytest.mark.parametrize(("B", "I", "H"), [(1, 64, 64), (3, 5, 17), (1, 33, 50), (2, 1, 1)])
+@pytest.mark.parametrize(("B", "I", "H"), [(1, 64, 64), (3, 5, 17), (1, 33, 50), (2, 1, 1), (2, 3, 2)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_short_sequence_agrees_with_the_reference(dtype, B, I, H, T, bias, rng):
-    def normal(*shape, scale=1.0):
-        return (scale * rng.standard_normal(shape)).astype(dtype)
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_short_sequence_agrees_with_the_reference(cell, dtype, B, I, H, T, bias, monkeypatch, rng):
+    layer = layer_of(cell, I, H, "float64", bias=bias)
+    for name, array in layer.params.items():
+        array[...] = rng.standard_normal(array.shape) / (1.0 if "bias" in name else array.shape[1] ** 0.5)
+    x, *states = rng.standard_normal((T, B, I)), *rng.standard_normal((1 + (cell == "lstm"), 1, B, H))
+    biases = [] if bias else [np.empty(0, dtype)] * 2
+    arguments = [array.astype(dtype) for array in (x, *states, *layer.params.values(), *biases)]
+    before = [array.copy() for array in arguments]
+    name, options = ("rnn", {"nonlinearity": "relu"}) if cell == "relu" else (cell, {})
+    ours = getattr(kernels, f"{name}_short")(*arguments, **options)
+    assert same_bits(before, arguments)
 
-    x, h, c = normal(T, B, I), normal(1, B, H), normal(1, B, H)
-    w_ih, w_hh = normal(4 * H, I, scale=I**-0.5), normal(4 * H, H, scale=H**-0.5)
-    b_ih, b_hh = (normal(4 * H if bias else 0) for _ in range(2))
-    before = [array.copy() for array in (x, h, c)]
-    output, *final = kernels.lstm_short(x, h, c, w_ih, w_hh, b_ih, b_hh)
-    gates = x.astype(np.float64) @ w_ih.T + (b_ih.astype(np.float64) + b_hh if bias else 0.0)
-    expected, h_n, c_n, _ = reference.lstm_forward(gates, *(a.astype(np.float64) for a in (h[0], c[0], w_hh)))
-    wide = [expected.astype(dtype), h_n[None].astype(dtype), c_n[None].astype(dtype)]
-    assert_close([output, *final], wide, dtype)
-    assert same_bits(before, (x, h, c))
+    monkeypatch.setenv("RNNKIT_KERNELS", "reference")
+    output, final = layer(x, tuple(states) if cell == "lstm" else states[0])
+    theirs = [output, *(final if cell == "lstm" else (final,))]
+    assert_close(ours, [array.astype(dtype) for array in theirs], dtype)
+
+
+@pytest.mark.parametrize("K", [1, 7, 16, 45])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rows_in_four_streams_stay_within_their_arrays(dtype, K, rng):
+    for N in range(1, 10):
+        weight, z = np.full((N + 4, K), np.nan, dtype), np.full(N + 4, 7.0, dtype)
+        weight[:N] = rng.standard_normal((N, K))
+        x = np.full(K + 3, np.nan, dtype)
+        x[1 : K + 1] = rng.standard_normal(K)
+        kernels._steps.multiply(weight[:N], x, 1, z[:N])
+        np.testing.assert_allclose(z[:N], weight[:N] @ x[1 : K + 1], rtol=0, atol=10 * TOLERANCE[dtype])
+        assert (z[N:] == 7.0).all()
+
+
+@pytest.fixture
+def short_calls(monkeypatch):
+    """A list of the calls of kernels for short sequences."""
+    calls = []
+    for cell, nonlinearity in (("rnn", "tanh"), ("rnn", "relu"), ("lstm", "tanh"), ("gru", "tanh")):
+        case = Case(cell, "float32", 8, nonlinearity=nonlinearity)
+        functions = kernels_for("numpy", case).functions
+
+        def counted(*args, short=functions[f"{cell}_short"], **options):
+            calls.append(short)
+            return short(*args, **options)
+
+        monkeypatch.setitem(functions, f"{cell}_short", counted)
+    return calls
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_short_sequences_and_steps_take_their_kernel(cell, short_calls, rng):
+    layer = layer_of(cell, 5, 8, "float32", num_layers=2)
+    x = rng.standard_normal((3, 2, 5), dtype=np.float32)
+    output, state = layer(x)[0], None
+    assert len(short_calls) == 2
+    for t in range(3):
+        y_t, state = layer.step(x[t], state)
+        np.testing.assert_allclose(y_t, output[t], rtol=0, atol=2e-6)
+    assert len(short_calls) == 8
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_the_kernel_for_short_sequences_cannot_do_is_done_without_it(
+    cell, short_calls, monkeypatch, rng
+):
+    layer = layer_of(cell, 5, 8, "float32")
+    x = rng.standard_normal((3, 2, 5), dtype=np.float32)
+    output, state = layer(x)
+    y_t, _ = layer.step(x[0], state)
+    assert len(short_calls) == 2
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    for same in (read_only, np.asfortranarray(x)):
+        np.testing.assert_allclose(layer(same)[0], output, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(layer.step(same[0], state)[0], y_t, rtol=0, atol=2e-6)
+    layer(x, lengths=[3, 3])
+    layer.vjp(x)
+    layer_of(cell, 8, 8, "float32")(np.zeros((3, 2), np.int64))
+    layer_of(cell, 5, 8, "float32", bidirectional=True)(x)
+    monkeypatch.setattr(direction, "_SHORT", 0)
+    layer_of(cell, 5, 8, "float32")(np.zeros((direction._FEW_STEPS + 1, 1, 5), np.float32))
+    assert len(short_calls) == 3  # of two directions, the one onward
 
 
 @pytest.mark.parametrize("cell", CELLS[:3])

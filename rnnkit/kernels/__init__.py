@@ -19,13 +19,15 @@ case; a faster module defines any subset of the same names, with the same argume
     softmax_cross_entropy(logits, targets, counts) -> loss, d_logits
     matmul(a, b, out=None) -> a @ b, 2-D, in `out` if given: the large products before and after a scan
 
-A module may add forward scans with the input projection included: for any case, and one that is meant for few
-steps and sequences::
+A module may add forward scans with the input projection included: for any case, and for few steps and
+sequences, where states are (1, B, H) and biases have no elements if a layer has none::
 
     {rnn,lstm,gru}_layer(x, *states, weight_hh, *, weight_ih=None, bias=None, index=None, and as the scan's)
         -> as the scan's: step t of sequence b reads row index[t, b] of x, else row t*B+b, which is multiplied
         with weight_ih (G*H, I), or is (G*H) already; bias (G*H,) is added
     lstm_short(x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh) -> output, h_n, c_n
+    gru_short(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh) -> output, h_n
+    rnn_short(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, *, nonlinearity="tanh") -> output, h_n
 
 Each has ``why_not(name, case)``, None where it can serve the case and otherwise the reason, in a few words.
 It may have ``note(name, case)``, a line for `explain()` on what the numbers depend on, or None. A scan's

@@ -72,8 +72,9 @@ def warmup() -> None:
         gru_backward(gru, weight[3], gates[1], state)
         rnn_backward(rnn, weight[1], gates[1], state)
         embedding_backward(state, np.zeros(1, np.int64), 1)
-        for states in (state, state[None]):
-            lstm_short(gates[1], states, states, weight[4], weight[4], gates[4][0, 0], gates[4][0, 0])
+        rnn_short(gates[1], state[None], weight[1], weight[1], gates[1][0, 0], gates[1][0, 0])
+        gru_short(gates[1], state[None], weight[3], weight[3], gates[3][0, 0], gates[3][0, 0])
+        lstm_short(gates[1], state[None], state[None], weight[4], weight[4], gates[4][0, 0], gates[4][0, 0])
 
 
 def why_not(name: str, case: Case) -> str | None:
@@ -199,29 +200,6 @@ def lstm_backward(
     return saved.gates, d_h_0, d_c_0
 
 
-def lstm_short(
-    x: Float, h_0: Float, c_0: Float, weight_ih: Float, weight_hh: Float, bias_ih: Float, bias_hh: Float
-) -> tuple[Float, Float, Float]:
-    """Return output (T, B, H), h_n and c_n (..., B, H) of a short sequence, input projection included.
-
-    Parameters
-    ----------
-    x : array (T, B, I)
-    h_0, c_0 : arrays (..., B, H)
-    weight_ih, weight_hh : arrays (4H, I) and (4H, H)
-    bias_ih, bias_hh : arrays (4H,), or both (0,) for a layer without biases
-
-    Notes
-    -----
-    All arrays must be in C order, of one dtype, and writeable: another kind would be compiled anew. The
-    weights are read once for each step of each sequence, so where these are many `lstm_forward` is faster.
-    """
-    T, H = x.shape[0], weight_hh.shape[1]
-    output, h, c = np.empty((T, x.shape[1], H), x.dtype), h_0.copy(), c_0.copy()
-    _steps.lstm_short(x, weight_ih, weight_hh, bias_ih, bias_hh, output, h, c, T)
-    return output, h, c
-
-
 # ---------------------------------------------------------------------------------------------- GRU
 
 
@@ -286,6 +264,42 @@ def gru_backward(
         _backward.gru_backward, *arrays, tiles.pack_backward(weight_hh), *flat(d_h_0), T, B, H, saved.reverse
     )
     return saved.gates, d_h_0, saved.recurrent_n
+
+
+# --------------------------------------------------------------------------------- short sequences
+#
+# x (T, B, I), states (1, B, H) and the parameters must be writeable and in C order: another kind of array
+# would be compiled anew. The weights are read once for each step of each sequence, so that where these are
+# many the scans above are faster.
+
+
+def rnn_short(
+    x: Float, h_0: Float, weight_ih: Float, weight_hh: Float, bias_ih: Float, bias_hh: Float, *,
+    nonlinearity: str = "tanh",
+) -> tuple[Float, Float]:  # fmt: skip
+    """Return output (T, B, H) and h_n (1, B, H)."""
+    output, h = np.empty((x.shape[0], x.shape[1], weight_hh.shape[1]), x.dtype), h_0.copy()
+    _steps.rnn_short(x, h, weight_ih, weight_hh, bias_ih, bias_hh, nonlinearity == "relu", output)
+    return output, h
+
+
+def lstm_short(
+    x: Float, h_0: Float, c_0: Float, weight_ih: Float, weight_hh: Float, bias_ih: Float, bias_hh: Float
+) -> tuple[Float, Float, Float]:
+    """Return output (T, B, H), h_n and c_n (1, B, H)."""
+    output = np.empty((x.shape[0], x.shape[1], weight_hh.shape[1]), x.dtype)
+    h, c = h_0.copy(), c_0.copy()
+    _steps.lstm_short(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, output)
+    return output, h, c
+
+
+def gru_short(
+    x: Float, h_0: Float, weight_ih: Float, weight_hh: Float, bias_ih: Float, bias_hh: Float
+) -> tuple[Float, Float]:
+    """Return output (T, B, H) and h_n (1, B, H)."""
+    output, h = np.empty((x.shape[0], x.shape[1], weight_hh.shape[1]), x.dtype), h_0.copy()
+    _steps.gru_short(x, h, weight_ih, weight_hh, bias_ih, bias_hh, output)
+    return output, h
 
 
 # ------------------------------------------------------------------------------- around the scans

@@ -2,6 +2,9 @@
 
 With few steps and sequences a weight is used so seldom that packing costs more than it saves. Each row of the
 weights is multiplied as it lies in memory, and the lanes of its sum are added up at the end.
+
+The three functions fill output (T, B, H) and advance the states (1, B, H) in place. Without biases these have
+no elements.
 """
 
 from __future__ import annotations
@@ -11,57 +14,107 @@ from typing import Any
 import numpy as np
 
 from ._pieces import compiled, sigmoid
-from ._simd import lanes, load, load_part, multiply_add, store_part, tanh, total
+from ._simd import lanes, load, load_part, multiply_add, relu, store_part, tanh, total
 
 
 @compiled
-def add_product(x: Any, at: int, size: int, weight: Any, rows: int, z: Any) -> None:
-    """Add weight (4 * rows, size) times x[at : at + size] to z, four rows at a time."""
-    U = lanes(x)
-    whole, rest, gate = size - size % U, size % U, rows * size
-    for row in range(rows):
-        w = row * size
+def multiply(weight: Any, x: Any, at: int, z: Any) -> None:
+    """Put weight (N, K) times x[at : at + K] to z (N,).
+
+    Four rows at a time, a quarter of all apart: each is then one stream of the memory. Where four do not
+    divide N, the last quarters overlap.
+    """
+    U, (N, K) = lanes(x), weight.shape
+    quarter, whole = (N + 3) // 4, K - K % U
+    second, third, fourth = min(quarter, N - quarter), min(2 * quarter, N - quarter), N - quarter
+    for row in range(quarter):
+        p, q, r, s = row * K, (second + row) * K, (third + row) * K, (fourth + row) * K
         a = b = c = d = load_part(x, at, 0)  # zeros
         for k in range(0, whole, U):
             part = load(x, at + k)
-            a = multiply_add(load(weight, w + k), part, a)
-            b = multiply_add(load(weight, w + gate + k), part, b)
-            c = multiply_add(load(weight, w + 2 * gate + k), part, c)
-            d = multiply_add(load(weight, w + 3 * gate + k), part, d)
-        if rest > 0:
-            part, w = load_part(x, at + whole, rest), w + whole
-            a = multiply_add(load_part(weight, w, rest), part, a)
-            b = multiply_add(load_part(weight, w + gate, rest), part, b)
-            c = multiply_add(load_part(weight, w + 2 * gate, rest), part, c)
-            d = multiply_add(load_part(weight, w + 3 * gate, rest), part, d)
-        z[row] += total(a)
-        z[rows + row] += total(b)
-        z[2 * rows + row] += total(c)
-        z[3 * rows + row] += total(d)
+            a = multiply_add(load(weight, p + k), part, a)
+            b = multiply_add(load(weight, q + k), part, b)
+            c = multiply_add(load(weight, r + k), part, c)
+            d = multiply_add(load(weight, s + k), part, d)
+        if whole < K:
+            n = K - whole
+            part = load_part(x, at + whole, n)
+            a = multiply_add(load_part(weight, p + whole, n), part, a)
+            b = multiply_add(load_part(weight, q + whole, n), part, b)
+            c = multiply_add(load_part(weight, r + whole, n), part, c)
+            d = multiply_add(load_part(weight, s + whole, n), part, d)
+        z[row], z[second + row], z[third + row], z[fourth + row] = total(a), total(b), total(c), total(d)
+
+
+@compiled
+def shares(
+    x: Any, at: int, h: Any, h_at: int, weight_ih: Any, weight_hh: Any, bias_ih: Any, bias_hh: Any,
+    a: Any, w: Any,
+) -> None:  # fmt: skip
+    """Put what the input adds to the gates (G*H,) to a and what the state adds to w, with their biases."""
+    multiply(weight_ih, x, at, a)
+    multiply(weight_hh, h, h_at, w)
+    for k in range(bias_ih.size):
+        a[k] += bias_ih[k]
+        w[k] += bias_hh[k]
+
+
+@compiled
+def rnn_short(
+    x: Any, h: Any, weight_ih: Any, weight_hh: Any, bias_ih: Any, bias_hh: Any, rectified: bool, output: Any
+) -> None:
+    """Run an RNN."""
+    U, I, H, B = lanes(x), weight_ih.shape[1], weight_hh.shape[1], h.shape[1]
+    a, w = np.empty(H, x.dtype), np.empty(H, x.dtype)
+    for row in range(x.shape[0] * B):
+        state = (row % B) * H
+        shares(x, row * I, h, state, weight_ih, weight_hh, bias_ih, bias_hh, a, w)
+        for j in range(0, H, U):
+            n = min(U, H - j)
+            z = load_part(a, j, n) + load_part(w, j, n)
+            h_t = relu(z) if rectified else tanh(z)
+            store_part(h, state + j, h_t, n)
+            store_part(output, row * H + j, h_t, n)
 
 
 @compiled
 def lstm_short(
-    x: Any, weight_ih: Any, weight_hh: Any, bias_ih: Any, bias_hh: Any, output: Any, h: Any, c: Any, T: int
+    x: Any, h: Any, c: Any, weight_ih: Any, weight_hh: Any, bias_ih: Any, bias_hh: Any, output: Any
 ) -> None:
-    """Compute output (T, B, H), advance h and c (B, H) in place; the biases have 4H elements, or none."""
-    U, I, H = lanes(x), weight_ih.shape[1], weight_hh.shape[1]
-    B, z, bias = h.size // H, np.empty(4 * H, x.dtype), np.zeros(4 * H, x.dtype)
-    if bias_ih.size > 0:
-        for k in range(4 * H):
-            bias[k] = bias_ih[k] + bias_hh[k]
-    for row in range(T * B):
+    """Run an LSTM."""
+    U, I, H, B = lanes(x), weight_ih.shape[1], weight_hh.shape[1], h.shape[1]
+    a, w = np.empty(4 * H, x.dtype), np.empty(4 * H, x.dtype)
+    for row in range(x.shape[0] * B):
         state = (row % B) * H
+        shares(x, row * I, h, state, weight_ih, weight_hh, bias_ih, bias_hh, a, w)
         for k in range(4 * H):
-            z[k] = bias[k]
-        add_product(x, row * I, I, weight_ih, H, z)
-        add_product(h, state, H, weight_hh, H, z)
+            a[k] += w[k]
         for j in range(0, H, U):
             n, at = min(U, H - j), state + j
-            i, f = sigmoid(load_part(z, j, n)), sigmoid(load_part(z, H + j, n))
-            g, o = tanh(load_part(z, 2 * H + j, n)), sigmoid(load_part(z, 3 * H + j, n))
+            i, f = sigmoid(load_part(a, j, n)), sigmoid(load_part(a, H + j, n))
+            g, o = tanh(load_part(a, 2 * H + j, n)), sigmoid(load_part(a, 3 * H + j, n))
             c_t = f * load_part(c, at, n) + i * g
             h_t = o * tanh(c_t)
             store_part(c, at, c_t, n)
+            store_part(h, at, h_t, n)
+            store_part(output, row * H + j, h_t, n)
+
+
+@compiled
+def gru_short(
+    x: Any, h: Any, weight_ih: Any, weight_hh: Any, bias_ih: Any, bias_hh: Any, output: Any
+) -> None:
+    """Run a GRU."""
+    U, I, H, B = lanes(x), weight_ih.shape[1], weight_hh.shape[1], h.shape[1]
+    a, w = np.empty(3 * H, x.dtype), np.empty(3 * H, x.dtype)
+    for row in range(x.shape[0] * B):
+        state = (row % B) * H
+        shares(x, row * I, h, state, weight_ih, weight_hh, bias_ih, bias_hh, a, w)
+        for j in range(0, H, U):
+            n, at = min(U, H - j), state + j
+            reset = sigmoid(load_part(a, j, n) + load_part(w, j, n))
+            update = sigmoid(load_part(a, H + j, n) + load_part(w, H + j, n))
+            candidate = tanh(load_part(a, 2 * H + j, n) + reset * load_part(w, 2 * H + j, n))
+            h_t = (1.0 - update) * candidate + update * load_part(h, at, n)
             store_part(h, at, h_t, n)
             store_part(output, row * H + j, h_t, n)
