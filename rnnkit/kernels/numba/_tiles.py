@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,12 +83,8 @@ class Tiles:
             blocks = -(-H // (2 * REGISTER_BYTES // 8))
             self._helpers = min(self._threads, blocks) - 1
         tiles = 1 if self._helpers and B else min(self._threads, B)
-        if lengths is None and tiles == 1:
-            self._orders, self._steps = [np.arange(B)], [np.array([T] * B)]
-        elif lengths is None:
-            order = np.arange(B)
-            self._orders = [order[B * k // tiles : B * (k + 1) // tiles] for k in range(tiles)]
-            self._steps = [np.full(part.size, T) for part in self._orders]
+        if lengths is None:
+            self._orders, self._steps = _even(T, B, tiles)
         else:
             order = np.argsort(-lengths, kind="stable")
             self._orders = [order[k::tiles].copy() for k in range(tiles)]
@@ -147,6 +144,14 @@ class Tiles:
         given = (self._orders[0], self._steps[0], *args, team, shared)
         with helped(self._helpers, lambda: scan(*given, False), lambda: _team.dissolve(team)):
             scan(*given, True)
+
+
+@lru_cache(maxsize=64)
+def _even(T: int, B: int, tiles: int) -> tuple[list[Index], list[Index]]:
+    """Return the order and the steps of each tile of sequences that are all T steps long."""
+    order = np.arange(B)
+    orders = [order[B * k // tiles : B * (k + 1) // tiles] for k in range(tiles)]
+    return orders, [np.full(part.size, T) for part in orders]
 
 
 def flat(*arrays: Float) -> list[Float]:
