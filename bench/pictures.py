@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from .cases import CELLS, Case, flops_of
-from .growth import AXES
+from .growth import AXES, along
 from .records import Record
 from .tables import PEER_NAMES, grouped, shape_of, threads_of
 
@@ -28,24 +29,24 @@ def heat_maps(records: Sequence[Record]) -> Iterator[tuple[str, Figure]]:
 
 
 def curves(records: Sequence[Record]) -> Iterator[tuple[str, Figure]]:
-    """Yield a name and a picture of time against T, B or H for each operation, cell and threads."""
-    timed = [record for record in records if record["seconds"] is not None]
-    key = ("operation", "cell", "threads")
-    for (operation, cell, threads), group in grouped(
-        timed, lambda record: tuple(record[name] for name in key)
-    ).items():
-        for axis, (base, _) in AXES.items():
-            fixed = {name: value for name, value in zip("TBH", base, strict=True) if value}
-            along = [r for r in group if all(r[name] == value for name, value in fixed.items())]
-            if len({record[axis] for record in along}) > 1:
-                rest = ", ".join(f"{name}={value}" for name, value in fixed.items())
-                title = f"{operation} {cell}, {threads_of(threads)}, {rest}"
-                yield f"{operation}_{cell}_{threads}_{axis}", _curve(along, axis, title)
+    """Yield a name and a picture of time against T, B and H, side by side, for each operation and cell."""
+    for (operation, cell), group in grouped(records, lambda r: (r["operation"], r["cell"])).items():
+        axes = {axis: along(axis, group) for axis in AXES}
+        axes = {axis: part for axis, part in axes.items() if part}
+        figure = Figure(figsize=(4.0 * len(axes), 4.6), layout="constrained")
+        for place, (axis, part) in zip(
+            figure.subplots(1, len(axes), squeeze=False)[0], axes.items(), strict=True
+        ):
+            _curves(place, part, axis)
+        figure.axes[0].set_ylabel("seconds")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.suptitle(f"{operation}, {cell}")
+        yield f"{operation}_{cell}", figure
 
 
 def save(figure: Figure, path: Path) -> None:
     """Write a picture."""
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=90)
 
 
 def _heat_map(records: Sequence[Record], title: str) -> Figure:
@@ -69,26 +70,33 @@ def _heat_map(records: Sequence[Record], title: str) -> Figure:
     return figure
 
 
-def _curve(records: Sequence[Record], axis: str, title: str) -> Figure:
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
-    axes = figure.subplots()
-    times: dict[str, dict[int, float]] = {}
-    floor: dict[int, float] = {}
+def _curves(axes: Axes, records: Sequence[Record], axis: str) -> None:
+    times: dict[tuple[str, int], dict[int, float]] = {}
+    floors: dict[int, dict[int, float]] = {}
     for record in records:
-        size = record[axis]
-        times.setdefault(f"rnnkit, {record['kernel']}", {})[size] = record["seconds"]
+        size, threads = record[axis], record["threads"]
+        times.setdefault((f"rnnkit, {record['kernel']}", threads), {})[size] = record["seconds"]
         if record["peer_seconds"] is not None:
-            times.setdefault(PEER_NAMES[record["peer"]], {})[size] = record["peer_seconds"]
-        floor[size] = _flops(record) / record["ceiling"]
-    for name, points in times.items():
-        axes.plot(*_line(points), marker="o", label=name)
-    axes.plot(*_line(floor), color="black", linestyle="--", label="at the ceiling of sgemm")
-    axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds", title=title)
-    axes.set_xticks(sorted(floor), [str(size) for size in sorted(floor)])
+            times.setdefault((PEER_NAMES[record["peer"]], threads), {})[size] = record["peer_seconds"]
+        floors.setdefault(threads, {})[size] = _flops(record) / record["ceiling"]
+    colors = {name: f"C{k}" for k, name in enumerate(dict.fromkeys(name for name, _ in times))}
+    styles = dict(zip(sorted(floors), ("-", "--", ":", "-."), strict=False))
+    for (name, threads), points in times.items():
+        line = axes.plot(
+            *_line(points), color=colors[name], marker=".", label=f"{name}, {threads_of(threads)}"
+        )
+        line[0].set_linestyle(styles.get(threads, "-"))
+    for threads, points in floors.items():
+        label = f"at the ceiling of sgemm, {threads_of(threads)}"
+        line = axes.plot(*_line(points), color="black", linewidth=0.8, label=label)
+        line[0].set_linestyle(styles.get(threads, "-"))
+    base, sizes = AXES[axis]
+    fixed = ", ".join(f"{name}={value}" for name, value in zip("TBH", base, strict=True) if value)
+    axes.set(xscale="log", yscale="log", xlabel=axis, title=fixed)
+    shown = [size for size in sizes if any(record[axis] == size for record in records)]
+    axes.set_xticks(shown, [str(size) for size in shown], rotation=45)
     axes.minorticks_off()
     axes.grid(True, which="major", alpha=0.3)
-    axes.legend()
-    return figure
 
 
 def _line(points: dict[int, float]) -> tuple[Any, Any]:

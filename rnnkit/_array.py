@@ -319,7 +319,7 @@ def _torch(device: str) -> Backend:
         torch: Any = importlib.import_module("torch")
     except ImportError as error:
         raise BackendUnavailableError(
-            'backend "torch" needs PyTorch, which is not installed: pip install torch'
+            f'backend "{name}" needs PyTorch, which is not installed: pip install torch'
         ) from error
     try:
         where = torch.device(device) if device else torch.get_default_device()

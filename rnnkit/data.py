@@ -227,7 +227,7 @@ def _fingerprint(*arrays: np.ndarray[Any, Any]) -> str:
 
 
 class Sequences:
-    """Separate sequences of different lengths, padded once and moved to the device once.
+    """Separate sequences of different lengths, moved to the device once; a batch is padded when it is made.
 
     Parameters
     ----------
@@ -255,12 +255,10 @@ class Sequences:
                     f"got shape {array.shape} and dtype {array.dtype} at position {k}"
                 )
         self.lengths = np.array([len(array) - 1 for array in arrays])
-        padded = np.zeros((int(self.lengths.max()) + 1, len(arrays)), np.int64)
-        for k, array in enumerate(arrays):
-            padded[: len(array), k] = array
-        self._tokens = asarray(padded)
-        self._asarray = asarray
-        self.fingerprint = _fingerprint(padded, self.lengths)
+        tokens = np.concatenate([array.astype(np.int64) for array in arrays])
+        self._tokens, self._asarray = asarray(tokens), asarray
+        self._starts = np.cumsum(self.lengths + 1) - (self.lengths + 1)
+        self.fingerprint = _fingerprint(tokens, self.lengths)
         self.token_range = min(int(a.min()) for a in arrays), max(int(a.max()) for a in arrays)
 
     def batches(self, batch_size: int, seed: int | None = None, label: str = "") -> Iterator[Batch]:
@@ -270,9 +268,11 @@ class Sequences:
         for start in range(0, N, batch_size):
             chosen = order[start : start + batch_size]
             lengths = self.lengths[chosen]
-            T = int(lengths.max())
-            rows = self._tokens[: T + 1, :]
-            columns = namespace_of(rows).take(rows, self._asarray(chosen), axis=1)
+            T, xp = int(lengths.max()), namespace_of(self._tokens)
+            # Behind its end a sequence's last token stands again: some index must, and nobody reads it.
+            index = self._starts[chosen] + np.minimum(np.arange(T + 1)[:, None], lengths)
+            columns = xp.take(self._tokens, self._asarray(index.reshape(-1)), axis=0)
+            columns = xp.reshape(columns, index.shape)
             inputs, targets = columns[:T, :], columns[1 : T + 1, :]
             ragged = None if lengths.min() == lengths.max() else lengths
             yield Batch(inputs, targets, ragged, False, int(lengths.sum()))

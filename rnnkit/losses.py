@@ -12,8 +12,8 @@ from .validation import check_lengths, check_tokens, padding_mask
 
 
 def softmax_cross_entropy(
-    logits: Array, targets: Array, *, mask: Array | None = None, lengths: Any = None
-) -> tuple[Array, Array]:
+    logits: Array, targets: Array, *, mask: Array | None = None, lengths: Any = None, gradient: bool = True
+) -> tuple[Array, Any]:
     """Return the mean negative log-likelihood of the targets and its gradient.
 
     Parameters
@@ -26,12 +26,14 @@ def softmax_cross_entropy(
         Which targets count.
     lengths : array or list of B integers in [0, T], optional
         Instead of a mask, for logits (T, B, V): the targets that count of each sequence.
+    gradient : bool
+        Whether the gradient is wanted, which takes as much memory as the logits.
 
     Returns
     -------
     loss : array ()
         In nats, the mean over the targets that count (0 if none does); on the logits' device.
-    d_logits : array (..., V)
+    d_logits : array (..., V), or None where it is not wanted
         Zero where targets do not count.
 
     Raises
@@ -53,15 +55,16 @@ def softmax_cross_entropy(
     counts = _counted(backend, mask, lengths, logits.shape[:-1])
     if math.prod(logits.shape) == 0:
         dtype = _accumulation(xp, logits)
-        return xp.zeros((), dtype=dtype, device=logits.device), xp.zeros_like(logits)
+        loss = xp.zeros((), dtype=dtype, device=logits.device)
+        return loss, xp.zeros_like(logits) if gradient else None
     if backend.on_host:
         looked_at = targets if counts is None else xp.where(counts, targets, xp.zeros_like(targets))
         check_tokens("targets", looked_at, V, on_host=True)
     case = Case("softmax_cross_entropy", dtype_name(logits.dtype), 0, device=backend.name)
     with backend.active():
         kernel = kernels_for(backend.library, case)["softmax_cross_entropy"]
-        loss, d_logits = kernel(xp.reshape(logits, (-1, V)), targets, counts)
-    return loss, xp.reshape(d_logits, logits.shape)
+        loss, d_logits = kernel(xp.reshape(logits, (-1, V)), targets, counts, gradient)
+    return loss, None if d_logits is None else xp.reshape(d_logits, logits.shape)
 
 
 def mean_squared_error(

@@ -432,7 +432,7 @@ def _evaluate(model: LanguageModel, data: Any, batch_size: int) -> Evaluation:
     tokens, state = 0, None
     for batch in data.batches(batch_size):
         logits, state = model(batch.inputs, state if batch.goes_on else None, lengths=batch.lengths)
-        loss, _ = _loss(model, logits, batch)
+        loss, _ = _loss(model, logits, batch, gradient=False)
         xp = namespace_of(logits)
         hits = xp.argmax(logits, axis=-1) == batch.targets
         if batch.lengths is not None:
@@ -445,9 +445,11 @@ def _evaluate(model: LanguageModel, data: Any, batch_size: int) -> Evaluation:
     return Evaluation(float(nats) / tokens, float(correct) / tokens, tokens)  # type: ignore[arg-type]
 
 
-def _loss(model: LanguageModel, logits: Array, batch: Batch) -> tuple[Array, Array]:
+def _loss(
+    model: LanguageModel, logits: Array, batch: Batch, gradient: bool = True
+) -> tuple[Array, Array | None]:
     lengths = None if batch.lengths is None else model.asarray(batch.lengths)
-    return softmax_cross_entropy(logits, batch.targets, lengths=lengths)
+    return softmax_cross_entropy(logits, batch.targets, lengths=lengths, gradient=gradient)
 
 
 def device_data(

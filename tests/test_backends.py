@@ -156,8 +156,11 @@ def test_what_info_says_about_cupy(monkeypatch, tf32, shown):
 
 def test_torch_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(rnnkit.BackendUnavailableError, match="pip install torch"):
-        lstm(backend="torch")
+    for name in ("torch", "torch:cuda"):
+        with pytest.raises(
+            rnnkit.BackendUnavailableError, match=f'backend "{name}" needs.*pip install torch'
+        ):
+            lstm(backend=name)
 
 
 @pytest.mark.oracle

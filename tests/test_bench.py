@@ -32,6 +32,12 @@ from rnnkit import kernels
 
 ROOT = Path(__file__).parents[1]
 TINY = cases.Case("forward", "lstm", 3, 2, 4, 5)
+BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("speed.md")),
+    *sorted((ROOT / "docs").glob("growth.md")),
+]
 PRESENT = [peer for peer in peers.PEERS if not peers.missing(peer)]
 
 
@@ -312,9 +318,9 @@ def test_goals():
     (worst, mean) = (goal for goal in goals.GOALS if goal.text.startswith("training step"))
     numba = record_of(operation="train", kernel="numba")
     found = [numba | {"T": 3, "ratio": 1.0}, numba | {"T": 4, "ratio": 4.0}]
-    assert goals.verdict(worst, found) == ("not met", "1", 2)
-    assert goals.verdict(mean, found) == ("met", "2", 2)
-    assert goals.verdict(mean, []) == ("not measured", "-", 0)
+    assert goals.verdict(worst, found) == ("not met", "1.00", "1 of 2")
+    assert goals.verdict(mean, found) == ("met", "2.00", "2")
+    assert goals.verdict(mean, []) == ("not measured", "-", "-")
     found.append(numba | {"ratio": None, "seconds": None, "status": "wrong"})
     assert goals.verdict(mean, found)[:2] == ("not met", "wrong results")
 
@@ -324,6 +330,44 @@ def test_raggedness_is_judged_against_the_padded_time():
     good = record_of(operation="ragged", density=0.5, seconds=0.6, padded_seconds=1.0)
     assert goals.verdict(goal, [good])[0] == "met"
     assert goals.verdict(goal, [good | {"seconds": 0.61}])[0] == "not met"
+
+
+def test_cases_beside_their_goals():
+    forward = record_of(kernel="numba", B=32, ratio=1.2, fraction_of_ceiling=0.7)
+    found = [
+        forward,
+        forward | {"threads": 2, "ratio": 0.9, "fraction_of_ceiling": 0.96},
+        forward | {"peer": "onnxruntime", "ratio": 0.5},
+        record_of(kernel="numpy", B=4, ratio=0.1),  # has no goal
+        record_of(operation="step", B=1, H=64, seconds=9e-6, p99=31e-6, ratio=11.0),
+    ]
+    printed = goals.cells_of(found)
+    assert "| lstm | (3, 32, 4, 5) | numba | 1.20 | **0.90** | 0.50 |  | **0.70** | 0.96 |" in printed
+    assert "| lstm | (3, 1, 4, 64) | reference | 9 µs | **31 µs** | 11.00 |" in printed
+    assert "numpy" not in printed
+
+
+def test_growth_is_an_exponent():
+    sizes = [case._asdict() for case in growth.cases_of(["T"], ["forward"], ["lstm"])[:3]]
+    found = [record_of(**case, seconds=case["T"] ** 2 * 1e-6, peer_seconds=1e-3) for case in sizes]
+    printed = growth.table_of(found)
+    assert "### forward, lstm, B=8, H=64" in printed
+    assert "| T | reference, 1 thread | exponent | torch, 1 thread |" in printed
+    assert "| 10 | 100 µs |  | 1 ms |" in printed
+    assert "| 100 | 10 ms | 2.00 | 1 ms |" in printed
+
+
+def test_estimates_for_many_cores():
+    cases_ = {case.B: case._asdict() for case in growth.cases_of(["B"], ["train"], ["lstm"])}
+    found = [
+        record_of(**cases_[1024], seconds=1.0),
+        record_of(**cases_[1024], seconds=0.6, threads=2),
+        record_of(**cases_[16], seconds=0.02),
+    ]
+    # A fifth of the time is not shortened: 0.2 + 0.8 / 64.
+    row = "| train | lstm | 1024 | 1 s | 600 ms | 20 ms | 20 ms | 50 | 20 % | 212 ms | 5 |"
+    assert row in growth.many_cores(found)
+    assert growth.many_cores([*found[:2], record_of(**cases_[1])]) == ""
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of memory")
@@ -352,21 +396,21 @@ def test_memory_that_training_needs():
 # ------------------------------------------------------------------------------------------- reports
 
 
-def test_the_readme_shows_the_results():
-    assert report.main(["--check", str(ROOT / "README.md")]) == 0
+def test_pages_show_the_results():
+    assert report.main(["--check", *map(str, PAGES)]) == 0
 
 
 def test_report_round_trip(tmp_path, capsys):
     result = document_of(tmp_path / "x.json", record_of(), record_of(kernel="numpy", ratio=3.0))
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     assert report.main([str(result), "--check", str(readme)]) == 1
     assert "differs" in capsys.readouterr().err
-    assert report.main([str(result), "--readme", str(readme)]) == 0
+    assert report.main([str(result), "--write", str(readme)]) == 0
     assert report.main([str(result), "--check", str(readme)]) == 0
     written = readme.read_text()
-    assert written.startswith(f"before\n{report.BEGIN}\n")
-    assert written.endswith(f"{report.END}\nafter\n")
+    assert written.startswith(f"before\n{BEGIN}\n")
+    assert written.endswith(f"{END}\nafter\n")
     assert "| forward | numpy | torch | 1 | 3.00 (3.00 to 3.00) |" in written
     readme.write_text(written.replace("3.00 to 3.00", "3.00 to 9.00"))
     assert report.main([str(result), "--check", str(readme)]) == 1
@@ -375,7 +419,7 @@ def test_report_round_trip(tmp_path, capsys):
 def test_without_results_the_readme_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     readme = Path(shutil.copy(ROOT / "README.md", tmp_path))
-    assert report.main(["--readme", str(readme)]) == 0
+    assert report.main(["--write", str(readme)]) == 0
     assert report.NOTHING in readme.read_text()
     assert report.main(["--check", str(readme)]) == 0
 
@@ -392,7 +436,7 @@ def test_pictures(tmp_path, capsys):
     heat = document_of(tmp_path / "x.json", record_of())
     assert report.main([str(curve), str(heat), "--pictures", str(tmp_path / "pictures")]) == 0
     names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
-    assert names == ["grid1_forward_reference_torch_1.png", "growth0_forward_lstm_1_T.png"]
+    assert names == ["grid_forward_reference_torch_1.png", "growth_forward_lstm.png"]
 
 
 # ----------------------------------------------------------------------------------------- arguments
@@ -430,13 +474,23 @@ def test_a_peer_that_is_asked_for_must_be_installed(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("no markers", "must have"), (f"{report.END}{report.BEGIN}", "must have")]
+    ("content", "message"),
+    [
+        ("no markers", "must have pairs"),
+        (f"{END}{BEGIN}", "must have pairs"),
+        (f"{BEGIN}{END}{BEGIN}", "must have pairs"),
+        (f"{BEGIN}<!-- goals:end -->", "must have pairs"),
+        (
+            "<!-- nothing:begin --><!-- nothing:end -->",
+            "NAME one of performance, goals, cells, growth, cores",
+        ),
+    ],
 )
 def test_a_readme_without_its_markers_is_refused(tmp_path, capsys, content, message):
     readme = tmp_path / "README.md"
     readme.write_text(content)
     with pytest.raises(SystemExit) as exit_:
-        report.main(["--readme", str(readme)])
+        report.main(["--write", str(readme)])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
     assert readme.read_text() == content

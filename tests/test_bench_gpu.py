@@ -695,8 +695,8 @@ def test_a_whole_run_and_its_report(host, tmp_path, capsys):
     assert "| forward | lstm | (2, 2, 4, 5) | float32 |" in shown
     assert "| matrix product | 256, float32 |" in shown
     readme = Path(shutil.copy(ROOT / "README.md", tmp_path))
-    assert report.main([*files, "--readme", str(readme)]) == 0
-    section = readme.read_text().split(report.BEGIN)[1].split(report.END)[0]
+    assert report.main([*files, "--write", str(readme)]) == 0
+    section = readme.read_text().split("<!-- performance:begin -->")[1].split("<!-- performance:end -->")[0]
     assert "| a question | numpy | forward | 1 |" in section
     assert "no GPU, driver" in section
 
@@ -704,7 +704,7 @@ def test_a_whole_run_and_its_report(host, tmp_path, capsys):
 def test_without_gpu_records_the_report_has_no_trace_of_them(tmp_path, capsys):
     empty = tmp_path / "gpu.json"
     records.save(empty, "gpu", "python -m bench.gpu", "2025-01-31", QUICK, [])
-    assert report.section([records.load(empty)]) == report.NOTHING
+    assert report.performance([records.load(empty)]) == report.NOTHING
     assert report.main([str(empty)]) == 0
     assert report.NOTHING in capsys.readouterr().out
 

@@ -484,6 +484,28 @@ def test_matmul_into_a_given_array(name, shape, rng):
     np.testing.assert_array_equal(matmul(a, b), out[:M])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("counted", ["all", "some", "none"])
+@pytest.mark.parametrize(("M", "V"), [(1, 1), (7, 5), (1200, 65), (3, 70_000)])
+def test_softmax_cross_entropy_block_by_block(M, V, counted, dtype, rng):
+    logits, targets, counts = rng.standard_normal((M, V)).astype(dtype) * 3, rng.integers(0, V, M), None
+    poisoned, wild = logits.copy(), targets.copy()
+    if counted != "all":
+        counts = (rng.random(M) < 0.6) & (counted == "some")
+        poisoned[~counts], wild[~counts] = np.nan, V + 3
+    loss, d_logits = load("numpy").softmax_cross_entropy(poisoned, wild, counts)
+    expected, d_expected = reference.softmax_cross_entropy(logits.astype(np.float64), targets, counts)
+    tolerance = TOLERANCE[dtype]
+    assert loss.dtype == d_logits.dtype == dtype
+    np.testing.assert_allclose(loss, expected, rtol=tolerance, atol=tolerance)
+    n = M if counts is None else max(1, counts.sum())
+    np.testing.assert_allclose(d_logits, d_expected, rtol=0, atol=tolerance / n)
+    alone, nothing = load("numpy").softmax_cross_entropy(poisoned, wild, counts, False)
+    assert nothing is None
+    assert alone == loss
+    assert reference.softmax_cross_entropy(logits, targets, counts, False)[1] is None
+
+
 @pytest.mark.parametrize("size", [0, 1, 1 << 14, (1 << 14) + 5])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_adam_block_by_block(size, weight_decay, rng):

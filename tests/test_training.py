@@ -95,6 +95,20 @@ def test_ragged_batches(backend, counting):
             Sequences(wrong, model.asarray)
 
 
+def test_one_long_sequence_costs_no_memory_for_the_short_ones():
+    moved = []
+
+    def asarray(host):
+        moved.append(host.size)
+        return np.asarray(host)
+
+    data = Sequences([np.arange(1000, dtype=np.uint8), np.array([3, 4]), np.array([5, 6, 7])], asarray)
+    assert moved == [1005]
+    _, batch = data.batches(2)
+    np.testing.assert_array_equal(batch.inputs, [[5], [6]])
+    np.testing.assert_array_equal(batch.targets, [[6], [7]])
+
+
 def test_stream_windows_cover_each_column_once():
     tokens = np.arange(23)
     stream = Stream(tokens, 3, 4, np.asarray)

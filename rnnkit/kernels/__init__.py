@@ -16,7 +16,7 @@ case; a faster module defines any subset of the same names, with the same argume
     embedding_backward(d_rows, index, num_rows) -> d_table
     adam(flat, d_flat, mean, square, *, betas, steps, lr, eps, weight_decay): in place but for d_flat
     clip(flat, max_norm) -> norm: scales flat in place
-    softmax_cross_entropy(logits, targets, counts) -> loss, d_logits
+    softmax_cross_entropy(logits, targets, counts, gradient=True) -> loss, d_logits, None if not wanted
     matmul(a, b, out=None) -> a @ b, 2-D, in `out` if given: the large products before and after a scan
 
 A module may add forward scans with the input projection included: for any case, and for few steps and

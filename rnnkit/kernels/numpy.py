@@ -27,13 +27,14 @@ import numpy as np
 
 from .._typing import Array
 from ._case import Case
+from ._numpy_loss import softmax_cross_entropy
 from ._numpy_lstm import lstm_backward, lstm_forward
 from ._numpy_step import dot_for, logistic_of_minus, transposed
 from ._schedule import Schedule, after, backwards, cut, cut_scratch, enter, output, scratch, sorted_copy
 
 __all__ = [
     "adam", "embedding_backward", "gru_backward", "gru_forward", "lstm_backward", "lstm_forward", "matmul",
-    "rnn_backward", "rnn_forward", "why_not",
+    "rnn_backward", "rnn_forward", "softmax_cross_entropy", "why_not",
 ]  # fmt: skip
 
 

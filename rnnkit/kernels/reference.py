@@ -309,8 +309,10 @@ def clip(flat: Array, max_norm: float) -> Array:
     return norm
 
 
-def softmax_cross_entropy(logits: Array, targets: Array, counts: Array | None) -> tuple[Array, Array]:
-    """Return the mean of -log softmax(logits)[target] over the rows that count, and its gradient.
+def softmax_cross_entropy(
+    logits: Array, targets: Array, counts: Array | None, gradient: bool = True
+) -> tuple[Array, Array | None]:
+    """Return the mean of -log softmax(logits)[target] over the rows that count, and its gradient if wanted.
 
     logits (M, V), neither of them 0; targets (M,) of int64; counts (M,) of bool, None for all rows. The loss
     is of the dtype that sums are kept in, and 0 where no row counts. A row that does not count has a gradient
@@ -325,15 +327,20 @@ def softmax_cross_entropy(logits: Array, targets: Array, counts: Array | None) -
     picked = xp.sum(xp.where(is_target, z, xp.zeros_like(z)), axis=-1)
     picked = xp.where((targets >= 0) & (targets < V), picked, xp.full_like(picked, float("nan")))
     losses = xp.log(total[:, 0]) - picked
-    probabilities = exp_z / total
-    d_z = xp.where(is_target, probabilities - 1.0, probabilities)
+    n = losses.shape[0]
     if counts is None:
-        return xp.mean(losses), _as(xp, d_z * (1.0 / losses.shape[0]), logits.dtype)
-    n = xp.sum(_as(xp, counts, losses.dtype))  # never read on the host: that would wait for the device
-    n = xp.where(n > 0, n, xp.ones_like(n))
-    losses = xp.where(counts, losses, xp.zeros_like(losses))
-    d_z = xp.where(counts[:, None], d_z * (1.0 / n), xp.zeros_like(d_z))
-    return xp.sum(losses) / n, _as(xp, d_z, logits.dtype)
+        loss = xp.mean(losses)
+    else:
+        n = xp.sum(_as(xp, counts, losses.dtype))  # never read on the host: that would wait for the device
+        n = xp.where(n > 0, n, xp.ones_like(n))
+        loss = xp.sum(xp.where(counts, losses, xp.zeros_like(losses))) / n
+    if not gradient:
+        return loss, None
+    probabilities = exp_z / total
+    d_z = xp.where(is_target, probabilities - 1.0, probabilities) * (1.0 / n)
+    if counts is not None:
+        d_z = xp.where(counts[:, None], d_z, xp.zeros_like(d_z))
+    return loss, _as(xp, d_z, logits.dtype)
 
 
 def adam(

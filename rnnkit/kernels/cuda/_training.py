@@ -18,10 +18,13 @@ _THREADS = 256
 _THREADS_ALONE = 512
 
 
-def softmax_cross_entropy(logits: Array, targets: Array, counts: Array | None) -> tuple[Array, Array]:
-    """Return the mean loss () of the rows of logits (M, V) that count, and its gradient (M, V).
+def softmax_cross_entropy(
+    logits: Array, targets: Array, counts: Array | None, gradient: bool = True
+) -> tuple[Array, Array | None]:
+    """Return the mean loss () of the rows of logits (M, V) that count, and its gradient (M, V) if wanted.
 
-    Two launches, the rows and their mean; with `counts` (M,) one before them. Sums have one order.
+    Two launches, the rows and their mean; with `counts` (M,) one before them. Sums have one order. The
+    gradient is made in any case.
     """
     xp, (M, V) = namespace_of(logits), logits.shape
     # All come through a reshape, which keeps the strides of a user's own array.
@@ -42,7 +45,7 @@ def softmax_cross_entropy(logits: Array, targets: Array, counts: Array | None) -
     rows = logits, targets, counts, n, losses, d_logits, V
     launch("cross_entropy_rows", M, -(-V // vector), rows, vector)
     launch("cross_entropy_mean", 1, M, (losses, n, loss, M))
-    return loss, d_logits
+    return loss, d_logits if gradient else None
 
 
 def adam(
