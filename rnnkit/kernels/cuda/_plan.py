@@ -66,7 +66,7 @@ class Scan(NamedTuple):
         return GATES[self.cell]
 
     @property
-    def K(self) -> int:
+    def operands(self) -> int:
         """Return how many numbers of a sequence a step multiplies: h, or the gradients of all gates."""
         return self.gates * self.H if self.backward else self.H
 
@@ -178,7 +178,7 @@ def plan(scan: Scan, limits: Limits) -> Plan | str:
 
 def _layouts(scan: Scan) -> list[Plan]:
     """Return all layouts that are worth a thought, whether they fit or not."""
-    needed = -(-scan.K * scan.operand_bytes // 64)
+    needed = -(-scan.operands * scan.operand_bytes // 64)
     found = set()
     for units, n_tiles, warps_m, chunks in itertools.product(_UNITS, _N_TILES, (1, 2, 4, 8), _CHUNKS):
         tiles = -(-units * (1 if scan.backward else scan.gates) // 16)
@@ -231,9 +231,9 @@ def step_times(layout: Plan, scan: Scan, limits: Limits) -> dict[str, float]:
     """
     blocks, groups, N = layout.blocks(scan.H), layout.groups(scan.B), layout.sequences
     at_once = min(blocks * groups, limits.multiprocessors)
-    operand = N * scan.K * scan.operand_bytes
+    operand = N * scan.operands * scan.operand_bytes
     reads = layout.warps_m * operand / _SHARED
-    multiply = layout.rows * N * scan.K / _RATE[layout.product]
+    multiply = layout.rows * N * scan.operands / _RATE[layout.product]
     sums = 2 * 4 * layout.warps_k * N * layout.rows / _SHARED
     items = -(-layout.units * N // layout.threads)
     times = {
