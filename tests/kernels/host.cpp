@@ -2,15 +2,16 @@
 
 #include "host.h"
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <numeric>
 #include <random>
 #include <stdexcept>
-#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -18,15 +19,23 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace {
 
-enum Order { FORWARD, REVERSE, SHUFFLED };
+enum Order { FORWARD, REVERSE, SHUFFLED, UNEVEN };
 enum State { READY, AT_BLOCK, AT_WARP, AT_GRID, DONE };
 
 constexpr std::size_t STACK = 64 << 10;
 constexpr std::size_t FENCE = 64;         // bytes behind the shared memory that nobody may write
 constexpr int MOST_IDLE_ROUNDS = 10000;  // in which every thread only spins
+constexpr int MOST_POLLS = 1 << 20;      // of memory in one turn, which nobody changes meanwhile
+
+struct Copy {
+    void* to;
+    const void* from;  // null for zeros
+};
 
 struct Thread {
-    ucontext_t context;
+    ucontext_t context;  // where it begins
+    jmp_buf paused;      // where it goes on: swapcontext would call the system twice a turn
+    bool begun;
     dim3 index;
     unsigned block, number;
     State state;
@@ -34,12 +43,20 @@ struct Thread {
     unsigned mask;
     uint64_t value, lanes[32];
     bool spun;
+    int polls;
+    host::Multiply what;  // and with what a warp is to multiply
+    float* d;
+    const unsigned *a, *b;
+    std::vector<std::vector<Copy>> copies;  // under way, by groups; the last one is still open
 };
+
+using Group = std::vector<Thread*>;
 
 struct Block {
     dim3 index;
     std::vector<unsigned char> shared;
     std::vector<Thread> threads;
+    Group all;
 };
 
 // Stacks are kept for the next launch.
@@ -63,7 +80,7 @@ void** arguments;
 Thread* current;            // null while a thread runs without a fiber
 Block* current_block;
 std::vector<Block>* blocks;
-ucontext_t scheduler;
+jmp_buf scheduler;
 std::string failure;
 
 std::string name_of(const Thread& thread) {
@@ -73,17 +90,23 @@ std::string name_of(const Thread& thread) {
     return text;
 }
 
+void leave() {
+    if (!_setjmp(current->paused)) _longjmp(scheduler, 1);
+}
+
 void wait(State state, int line) {
     if (current == nullptr) throw std::runtime_error("a barrier in a kernel launched without fibers");
     current->state = state;
     current->line = line;
-    swapcontext(&current->context, &scheduler);
+    leave();
 }
 
 void run_fiber() {
     entry(arguments);
+    if (current->copies.size() > 1 || !current->copies[0].empty())
+        failure = name_of(*current) + " returned before its copies arrived";
     current->state = DONE;
-    swapcontext(&current->context, &scheduler);
+    leave();
 }
 
 void resume(Thread& thread) {
@@ -92,7 +115,11 @@ void resume(Thread& thread) {
     threadIdx = thread.index;
     blockIdx = current_block->index;
     thread.spun = false;
-    swapcontext(&scheduler, &thread.context);
+    thread.polls = 0;
+    if (!_setjmp(scheduler)) {
+        if (std::exchange(thread.begun, true)) _longjmp(thread.paused, 1);
+        setcontext(&thread.context);
+    }
     current = nullptr;
 }
 
@@ -105,6 +132,10 @@ void begin(Block& block, unsigned number, std::size_t shared) {
         thread.block = number;
         thread.number = k;
         thread.state = READY;
+        thread.begun = false;
+        thread.what = host::NOTHING;
+        thread.copies.resize(1);
+        block.all.push_back(&thread);
         getcontext(&thread.context);
         thread.context.uc_stack.ss_sp = stacks.take();
         thread.context.uc_stack.ss_size = STACK;
@@ -121,84 +152,175 @@ void end(Block& block, std::size_t shared) {
 
 // Let all threads go that wait in `state`, if every one of `group` does and at one line. Report where they
 // disagree: a barrier that some threads do not reach.
-bool release(std::vector<Thread*>& group, State state) {
+bool release(const Group& group, State state) {
     const auto waits = [state](const Thread* thread) { return thread->state == state; };
     const auto first = std::find_if(group.begin(), group.end(), waits);
     if (first == group.end()) return false;
-    const std::string where = name_of(**first) + " waits in line " + std::to_string((*first)->line);
-    for (Thread* thread : group) {
-        if (thread->state == DONE)
-            failure = "divergent barrier: " + where + ", " + name_of(*thread) + " has returned";
-        else if (waits(thread) && thread->line != (*first)->line)
-            failure = "divergent barrier: " + where + ", " + name_of(*thread) + " in line " +
-                      std::to_string(thread->line);
-        if (!failure.empty()) return false;
+    for (const Thread* thread : group) {
+        const bool elsewhere = waits(thread) && thread->line != (*first)->line;
+        if (thread->state != DONE && !elsewhere) continue;
+        failure = "divergent barrier: " + name_of(**first) + " waits in line " +
+                  std::to_string((*first)->line) + ", " + name_of(*thread) +
+                  (elsewhere ? " in line " + std::to_string(thread->line) : " has returned");
+        return false;
     }
     if (!std::all_of(group.begin(), group.end(), waits)) return false;
     for (Thread* thread : group) thread->state = READY;
     return true;
 }
 
+float number_of(host::Multiply what, unsigned bits) {
+    if (what == host::BFLOAT16) return float_of_bits(bits << 16);
+    if (what == host::FLOAT16) return float_of_half(bits);
+    if (bits & 0x1fff) failure = "an operand of mma_16x8x8 that tf32() has not rounded";
+    return float_of_bits(bits);
+}
+
+// d += a b of a whole warp. Where its numbers lie in the registers of the lanes is PTX's, by "Matrix
+// Fragments for mma.m16n8k16" and "for mma.m16n8k8": a register holds one tf32 or two neighbouring halves.
+void multiply_warp(const Group& warp) {
+    const host::Multiply what = warp[0]->what;
+    const unsigned wide = what == host::TF32 ? 1 : 2;  // numbers in a register
+    const unsigned depth = 8 * wide;
+    float a[16][16], b[16][8];
+    for (unsigned lane = 0; lane < 32; ++lane)
+        for (unsigned n = 0; n < wide; ++n) {
+            const unsigned group = lane / 4, k = lane % 4 * wide + n, shift = 16 * n;
+            const unsigned ones = wide == 2 ? 0xffff : 0xffffffff;
+            for (unsigned r = 0; r < 4; ++r)
+                a[group + r % 2 * 8][k + r / 2 * depth / 2] =
+                    number_of(what, warp[lane]->a[r] >> shift & ones);
+            for (unsigned r = 0; r < 2; ++r)
+                b[k + r * depth / 2][group] = number_of(what, warp[lane]->b[r] >> shift & ones);
+        }
+    for (unsigned lane = 0; lane < 32; ++lane)
+        for (unsigned r = 0; r < 4; ++r) {
+            const unsigned row = lane / 4 + r / 2 * 8, column = lane % 4 * 2 + r % 2;
+            double sum = warp[lane]->d[r];
+            for (unsigned k = 0; k < depth; ++k) sum += double(a[row][k]) * b[k][column];
+            warp[lane]->d[r] = float(sum);
+        }
+}
+
+bool release_warp(Block& block, Thread& thread) {
+    Group group;
+    const unsigned first = thread.number / 32 * 32;
+    for (unsigned k = 0; k < 32 && first + k < block.threads.size(); ++k)
+        if (thread.mask >> k & 1) group.push_back(&block.threads[first + k]);
+    for (Thread* other : group) {
+        if (other->state != AT_WARP) continue;
+        if (other->mask != thread.mask || other->what != thread.what) failure = "masks of a warp differ";
+        if (other->what != host::NOTHING && group.size() < 32) failure = "a product needs a warp of 32 lanes";
+    }
+    if (std::find(group.begin(), group.end(), &thread) == group.end())
+        failure = name_of(thread) + " is not in its own mask";
+    if (!failure.empty() || !release(group, AT_WARP)) return false;
+    if (thread.what != host::NOTHING) {
+        multiply_warp(group);
+        for (Thread* other : group) other->what = host::NOTHING;
+        return true;
+    }
+    uint64_t lanes[32] = {};
+    for (Thread* other : group) lanes[other->number % 32] = other->value;
+    for (Thread* other : group) std::memcpy(other->lanes, lanes, sizeof lanes);
+    return true;
+}
+
 bool release_warps(Block& block) {
     bool released = false;
-    for (Thread& thread : block.threads) {
-        if (thread.state != AT_WARP || !failure.empty()) continue;
-        std::vector<Thread*> group;
-        const unsigned first = thread.number / 32 * 32;
-        for (unsigned k = 0; k < 32 && first + k < block.threads.size(); ++k)
-            if (thread.mask >> k & 1) group.push_back(&block.threads[first + k]);
-        for (Thread* other : group)
-            if (other->state == AT_WARP && other->mask != thread.mask) failure = "masks of a warp differ";
-        if (std::find(group.begin(), group.end(), &thread) == group.end())
-            failure = name_of(thread) + " is not in its own mask";
-        if (!release(group, AT_WARP)) continue;
-        released = true;
-        uint64_t lanes[32] = {};
-        for (Thread* other : group) lanes[other->number % 32] = other->value;
-        for (Thread* other : group) std::memcpy(other->lanes, lanes, sizeof lanes);
-    }
+    for (Thread& thread : block.threads)
+        if (thread.state == AT_WARP && failure.empty()) released |= release_warp(block, thread);
     return released;
 }
 
 bool release_block(Block& block) {
-    std::vector<Thread*> group;
-    for (Thread& thread : block.threads) group.push_back(&thread);
-    if (!release(group, AT_BLOCK)) return false;
+    if (!release(block.all, AT_BLOCK)) return false;
     uint64_t count = 0;
-    for (Thread* thread : group) count += thread->value;
-    for (Thread* thread : group) thread->lanes[0] = count;
+    for (Thread* thread : block.all) count += thread->value;
+    for (Thread* thread : block.all) thread->lanes[0] = count;
     return true;
+}
+
+// Gives each of the threads a turn; whether one of them did more than to spin, and whether there was one.
+struct Turns {
+    bool ran, advanced;
+};
+template <class Threads>
+Turns run_each(const Threads& threads) {
+    Turns turns{};
+    for (Thread* thread : threads) {
+        if (thread->state != READY) continue;
+        resume(*thread);
+        if (!failure.empty()) break;
+        turns.ran = true;
+        turns.advanced |= !thread->spun;
+    }
+    return turns;
+}
+
+bool release_all(std::vector<Block>& alive, const Group& all) {
+    bool released = false;
+    for (Block& block : alive) released |= release_warps(block) | release_block(block);
+    return released | release(all, AT_GRID);
+}
+
+// One round in which whole warps come in an order of precedence: the first one that can do more than spin
+// does, until it cannot. So some are as far ahead of the last as the kernel allows.
+Turns run_uneven(std::vector<Block>& alive, const std::vector<Group>& warps) {
+    Turns turns{};
+    for (const Group& warp : warps) {
+        for (;;) {
+            const Turns now = run_each(warp);
+            turns.ran |= now.ran;
+            if (!now.advanced || !failure.empty()) break;
+            turns.advanced = true;
+            if (!release_warps(alive[warp[0]->block])) break;
+        }
+        if (turns.advanced || !failure.empty()) break;
+    }
+    return turns;
+}
+
+// The warps of all blocks in random order; half of the time those of a block together.
+std::vector<Group> warps_of(std::vector<Block>& alive, std::mt19937& random) {
+    std::vector<Group> warps;
+    std::vector<unsigned> order(alive.size());
+    std::iota(order.begin(), order.end(), 0u);
+    std::shuffle(order.begin(), order.end(), random);
+    for (unsigned k : order) {
+        const Group& all = alive[k].all;
+        const std::size_t before = warps.size();
+        for (std::size_t n = 0; n < all.size(); n += 32)
+            warps.emplace_back(all.begin() + n, all.begin() + std::min(n + 32, all.size()));
+        std::shuffle(warps.begin() + before, warps.end(), random);
+    }
+    if (random() % 2) std::shuffle(warps.begin(), warps.end(), random);
+    return warps;
 }
 
 void run_together(std::vector<Block>& alive, Order order, std::mt19937& random) {
     blocks = &alive;
-    std::vector<Thread*> all;
-    for (Block& block : alive)
-        for (Thread& thread : block.threads) all.push_back(&thread);
-    std::vector<Thread*> turn = all;
+    Group all;
+    for (Block& block : alive) all.insert(all.end(), block.all.begin(), block.all.end());
+    const std::vector<Group> warps = order == UNEVEN ? warps_of(alive, random) : std::vector<Group>();
+    Group turn = all;
     if (order == REVERSE) std::reverse(turn.begin(), turn.end());
     for (int idle = 0; failure.empty();) {
         if (order == SHUFFLED) std::shuffle(turn.begin(), turn.end(), random);
-        bool ran = false, advanced = false;
-        for (Thread* thread : turn) {
-            if (thread->state != READY) continue;
-            resume(*thread);
-            if (!failure.empty()) return;
-            ran = true;
-            advanced |= !thread->spun;
-        }
-        bool released = false;
-        for (Block& block : alive) released |= release_warps(block) | release_block(block);
-        released |= release(all, AT_GRID);
-        const auto done = [](const Thread* thread) { return thread->state == DONE; };
-        if (std::all_of(all.begin(), all.end(), done)) return;
-        if (!ran && !released && failure.empty()) {
-            const auto unfinished = [](const Thread* thread) { return thread->state != DONE; };
-            const auto stuck = std::find_if(all.begin(), all.end(), unfinished);
-            failure = "deadlock: " + name_of(**stuck) + " waits in line " + std::to_string((*stuck)->line);
-        }
-        idle = advanced || released ? 0 : idle + 1;
-        if (idle > MOST_IDLE_ROUNDS) failure = "deadlock: every thread spins";
+        const Turns turns = order == UNEVEN ? run_uneven(alive, warps) : run_each(turn);
+        if (!failure.empty()) return;
+        const bool released = release_all(alive, all);
+        const auto unfinished = [](const Thread* thread) { return thread->state != DONE; };
+        const auto left = std::find_if(all.begin(), all.end(), unfinished);
+        if (left == all.end()) return;
+        idle = turns.advanced || released ? 0 : idle + 1;
+        if (!failure.empty()) return;
+        if (!turns.ran && !released)
+            failure = "deadlock: " + name_of(**left) + " waits in line " + std::to_string((*left)->line);
+        if (idle <= MOST_IDLE_ROUNDS) continue;
+        const auto spins = [](const Thread* thread) { return thread->state == READY; };
+        const Thread& one = **std::find_if(all.begin(), all.end(), spins);
+        failure = "deadlock: every thread spins, " + name_of(one) + " in line " + std::to_string(one.line);
     }
 }
 
@@ -244,15 +366,48 @@ const uint64_t* warp_barrier(unsigned mask, uint64_t value, int line) {
     wait(AT_WARP, line);
     return current->lanes;
 }
-void yield() {
+void yield(int line) {
     if (current == nullptr) throw std::runtime_error("a spin in a kernel launched without fibers");
     current->spun = true;
-    swapcontext(&current->context, &scheduler);
+    current->line = line;
+    leave();
+}
+void count_poll(int line) {
+    if (current != nullptr && ++current->polls > MOST_POLLS) fail("a spin without pause()", line);
+}
+void multiply(Multiply what, float* d, const unsigned* a, const unsigned* b, int line) {
+    if (current == nullptr) throw std::runtime_error("a product in a kernel launched without fibers");
+    current->what = what;
+    current->d = d;
+    current->a = a;
+    current->b = b;
+    current->mask = 0xffffffff;
+    wait(AT_WARP, line);
+}
+void copy_async(void* shared, const void* global, int line) {
+    const auto* const to = static_cast<unsigned char*>(shared);
+    const auto& memory = current_block->shared;
+    if (to < memory.data() || to + 16 > memory.data() + memory.size() - FENCE)
+        fail("a copy to outside of the shared memory", line);
+    if ((std::size_t(shared) | std::size_t(global)) % 16) fail("a misaligned copy", line);
+    std::memset(shared, 0xff, 16);
+    current->copies.back().push_back({shared, global});
+}
+void copy_commit() { current->copies.emplace_back(); }
+void copy_wait(unsigned later) {
+    auto& copies = current->copies;
+    while (copies.size() > later + 1) {
+        for (const Copy& copy : copies.front()) {
+            if (copy.from == nullptr) std::memset(copy.to, 0, 16);
+            else std::memcpy(copy.to, copy.from, 16);
+        }
+        copies.erase(copies.begin());
+    }
 }
 unsigned lane() { return current->number % 32; }
 void fail(const char* what, int line) {
     failure = std::string(what) + ", line " + std::to_string(line) + ": " + name_of(*current);
-    swapcontext(&current->context, &scheduler);  // and never comes back
+    leave();  // and never comes back
     std::abort();
 }
 
@@ -294,6 +449,17 @@ extern "C" const char* host_run(
         failure = error.what();
     }
     return failure.empty() ? nullptr : failure.c_str();
+}
+
+// What -fsanitize=alignment calls before an access at an address that is no multiple of what its type needs.
+extern "C" void __ubsan_handle_type_mismatch_v1(void* data, void* address) {
+    struct Place {
+        const char* file;
+        unsigned line, column;
+    };
+    const int line = int(static_cast<Place*>(data)->line);
+    if (current != nullptr) host::fail("a misaligned access", line);
+    throw std::runtime_error("a misaligned access, line " + std::to_string(line));
 }
 
 // ------------------------------------------------------------------------------------ half precision

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #define RNNKIT_HOST
@@ -34,8 +35,16 @@ void block_barrier(int line);
 void whole_grid_barrier(int line);
 const uint64_t* warp_barrier(unsigned mask, uint64_t value, int line);
 unsigned block_count(bool predicate, int line);  // how many threads of the block say yes
-void yield();
+void yield(int line);  // ends the turn of a thread that spins
 unsigned lane();
+void count_poll(int line);
+// A warp-wide product d += a b, made when all lanes have arrived; bit patterns as PTX lays out fragments.
+enum Multiply { NOTHING, FLOAT16, BFLOAT16, TF32 };
+void multiply(Multiply what, float* d, const unsigned* a, const unsigned* b, int line);
+// 16 bytes to shared memory, NaN from the copy to the wait; null stands for zeros.
+void copy_async(void* shared, const void* global, int line);
+void copy_commit();
+void copy_wait(unsigned later);
 [[noreturn]] void fail(const char* what, int line);
 
 template <class T>
@@ -82,7 +91,7 @@ inline unsigned in_segment(long source, unsigned width) {
 #define __all_sync(mask, p) (host::ballot(mask, !(p), __LINE__) == 0)
 #define grid_barrier() host::whole_grid_barrier(__LINE__)
 // A thread that spins on memory sleeps in between, or no other would run.
-#define __nanosleep(ns) host::yield()
+#define __nanosleep(ns) host::yield(__LINE__)
 
 namespace host {
 inline unsigned mask_of(unsigned mask = 0xffffffffu) { return mask; }
@@ -136,10 +145,49 @@ inline unsigned bits_of_float(float x) {
 float float_of_half(unsigned short bits);
 unsigned short half_of_float(float x);
 
-// --------------------------------------------------------------------- how Python reaches a kernel
+// ------------------------------------------------------------------------ of sync.cuh and tensor.cuh
 
 struct float16;
 struct bfloat16;
+
+// Threads take turns, so that every access is ordered; what can go wrong is to spin without a pause.
+inline unsigned load_acquire(const unsigned* p, int line = __builtin_LINE()) {
+    host::count_poll(line);
+    return *p;
+}
+inline void store_release(unsigned* p, unsigned value) { *p = value; }
+inline unsigned add_release(unsigned* p, unsigned value) { return std::exchange(*p, *p + value); }
+inline unsigned load_system(const unsigned* p) { return *p; }
+inline void store_system(unsigned* p, unsigned value) { *p = value; }
+inline void pause(int line = __builtin_LINE()) { host::yield(line); }
+inline void copy_async(void* shared, const void* global, bool there, int line = __builtin_LINE()) {
+    if (global == nullptr) host::fail("a copy from nowhere", line);
+    host::copy_async(shared, there ? global : nullptr, line);
+}
+inline void copy_commit() { host::copy_commit(); }
+template <int LATER>
+void copy_wait() {
+    host::copy_wait(LATER);
+}
+
+template <class Half>  // float16 or bfloat16
+void mma_16x8x16(
+    float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], Half, int line = __builtin_LINE()) {
+    constexpr bool is_float16 = std::is_same_v<Half, float16>;
+    static_assert(is_float16 || std::is_same_v<Half, bfloat16>, "of half precision");
+    host::multiply(is_float16 ? host::FLOAT16 : host::BFLOAT16, d, a, b, line);
+}
+inline void mma_16x8x8(
+    float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], int line = __builtin_LINE()) {
+    host::multiply(host::TF32, d, a, b, line);
+}
+// To nearest, ties away from zero, as cvt.rna does; a NaN stays one.
+inline unsigned tf32(float x) {
+    const unsigned bits = bits_of_float(x);
+    return x != x ? 0x7fffe000 : (bits + (std::isinf(x) ? 0 : 0x1000)) & 0xffffe000;
+}
+
+// --------------------------------------------------------------------- how Python reaches a kernel
 
 namespace host {
 
