@@ -362,6 +362,12 @@ def _load(name: str, path: Path, folders: list[str] | None = None) -> ModuleType
     return module
 
 
+def pinned_memory(size: int) -> Any:
+    """Stand in for `cupy.cuda.alloc_pinned_memory`: a buffer that knows its address, full of ones."""
+    kind = type("PinnedMemoryPointer", (ctypes.c_char * size,), {"ptr": property(ctypes.addressof)})
+    return kind.from_buffer(bytearray(b"\xff" * size))
+
+
 def _stand_ins(device: HostDevice) -> dict[str, Any]:
     """Return the modules that `_loader` imports."""
     settings = SimpleNamespace(compute_type_to_str=lambda setting: f"COMPUTE_TYPE_{setting}")
@@ -374,7 +380,10 @@ def _stand_ins(device: HostDevice) -> dict[str, Any]:
     cupy = SimpleNamespace(
         RawModule=device.raw_module,
         cuda=SimpleNamespace(
-            runtime=SimpleNamespace(**kinds), device=SimpleNamespace(get_cublas_handle=lambda: HANDLE)
+            runtime=SimpleNamespace(**kinds, getDevice=lambda: 0),
+            device=SimpleNamespace(get_cublas_handle=lambda: HANDLE),
+            Device=lambda number: SimpleNamespace(attributes=device.attributes, compute_capability="90"),
+            alloc_pinned_memory=pinned_memory,
         ),
         _core=SimpleNamespace(get_compute_type=lambda dtype: "DEFAULT", _routines_linalg=settings),
     )

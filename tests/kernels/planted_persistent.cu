@@ -79,8 +79,8 @@ __device__ bool wait_for(const unsigned* count, unsigned target, long long patie
 enum Fault { NONE, WITHOUT_WAIT, WITHOUT_BARRIER, ONE_SLOT, ONE_BLOCK_LESS };
 
 // In each round every thread adds up what all blocks' threads of its number hold, modulo 4096, and adds its
-// place. x (2, blocks, threads) has a slot for even and one for odd rounds: who may write a slot again has seen
-// that all have written the other one, and so read this one.
+// place. x (2, blocks, threads) has a slot for even and one for odd rounds: who may write a slot again has
+// seen that all have written the other one, and so read this one.
 template <Fault FAULT>
 __device__ void add_up(float* x, unsigned* count, unsigned* error, long long patience, long long rounds) {
     SHARED(unsigned, there);
@@ -119,6 +119,11 @@ extern "C" __global__ void added_up_in_one_slot(
 extern "C" __global__ void added_up_by_one_block_less(
     float* x, unsigned* count, unsigned* error, long long patience, long long rounds) {
     add_up<ONE_BLOCK_LESS>(x, count, error, patience, rounds);
+}
+
+// One block less than there are waits, so that the others give up; `error` is the address of the host's flag.
+extern "C" __global__ void gives_up(float* x, unsigned* count, long long error, long long patience) {
+    add_up<ONE_BLOCK_LESS>(x, count, reinterpret_cast<unsigned*>(error), patience, 2);
 }
 
 extern "C" __global__ void spins_without_pause(const unsigned* flag) {
