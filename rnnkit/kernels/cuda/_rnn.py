@@ -9,6 +9,7 @@ import numpy as np
 from ..._array import accumulation_dtype, namespace_of
 from ..._typing import Array
 from ._loader import product
+from ._persistent import chosen, exchange, launch
 from ._step import copy_as, elementwise, run, steps
 
 
@@ -27,15 +28,24 @@ def rnn_forward(
 ) -> tuple[Array, Array, RNNSaved | None]:  # fmt: skip
     """Return output (T, B, H), h_n (B, H) and what the backward scan needs."""
     (T, B, H), dtype = gates.shape, str(h_0.dtype)
+    xp, relu = namespace_of(gates), int(nonlinearity == "relu")
+    output = xp.empty((T, B, H), dtype=h_0.dtype)
+    saved = RNNSaved(output, lengths, reverse, nonlinearity) if save else None
+    layout = chosen("rnn", False, dtype, T, B, H)
+    if layout is not None:
+        h = xp.empty((B, H), dtype=h_0.dtype)
+        args = gates, weight_hh, h_0, output, h, relu
+        launch(layout, "rnn_forward", dtype, (T, B, H), H, (h_0, output), args, lengths, reverse)
+        return output, h, saved
+
     h = copy_as(h_0, h_0.dtype)
-    output = namespace_of(gates).empty((T, B, H), dtype=h_0.dtype)
-    arguments = gates, h, output, lengths, int(nonlinearity == "relu")
+    arguments = gates, h, output, lengths, relu
     run(
         steps(gates, reverse),
         product(h, weight_hh.T, gates, add=True),
         elementwise("rnn", "rnn_forward", dtype, B, H, arguments),
     )
-    return output, h, RNNSaved(output, lengths, reverse, nonlinearity) if save else None
+    return output, h, saved
 
 
 def rnn_backward(saved: RNNSaved, weight_hh: Array, d_output: Array, d_h_n: Array) -> tuple[Array, Array]:
@@ -43,8 +53,16 @@ def rnn_backward(saved: RNNSaved, weight_hh: Array, d_output: Array, d_h_n: Arra
     output, lengths, reverse, nonlinearity = saved
     xp, dtype = namespace_of(output), str(d_output.dtype)
     (T, B, H), wide = output.shape, np.dtype(accumulation_dtype(dtype))
-    d_gates, d_h = xp.empty((T, B, H), dtype=wide), copy_as(d_h_n, wide)
-    arguments = output, d_gates, d_h, d_output, lengths, int(nonlinearity == "relu")
+    d_gates, relu = xp.empty((T, B, H), dtype=wide), int(nonlinearity == "relu")
+    layout = chosen("rnn", True, dtype, T, B, H)
+    if layout is not None:
+        d_h_0, told = xp.empty((B, H), dtype=d_h_n.dtype), exchange(layout, d_h_n, 1)
+        args = output, d_gates, weight_hh, d_output, d_h_n, d_h_0, told, relu
+        launch(layout, "rnn_backward", dtype, (T, B, H), H, (told,), args, lengths, reverse)
+        return d_gates, d_h_0
+
+    d_h = copy_as(d_h_n, wide)
+    arguments = output, d_gates, d_h, d_output, lengths, relu
     run(
         steps(output, not reverse),
         elementwise("rnn", "rnn_backward", dtype, B, H, arguments),

@@ -1,0 +1,87 @@
+// The time loop of a persistent scan; include persistent_product.cuh first.
+
+template <class Cell>
+__device__ __forceinline__ void copy_and_multiply(
+    const Cell& cell, const Step& step, unsigned char* buffers, const Sequence* sequences, const Weights& weights,
+    Sums& sums) {
+    const auto row_of = [&](const Sequence& sequence) { return cell.operand(sequence, step); };
+    copy_rows(buffers, 0, sequences, cell.K(), row_of);
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+        if (chunk + 1 < CHUNKS) {
+            copy_rows(buffers + (chunk + 1) % 2 * BUFFER, chunk + 1, sequences, cell.K(), row_of);
+            copy_wait<1>();
+        } else {
+            copy_wait<0>();
+        }
+        __syncthreads();
+        sums.add(weights.a[chunk], buffers + chunk % BUFFERS * BUFFER);
+        if (chunk + 2 < CHUNKS) __syncthreads();  // all have read the buffer that the next copy goes to
+    }
+}
+
+template <class Cell>
+__device__ __forceinline__ void run(Cell& cell, const Scan& scan) {
+    SHARED(unsigned char, buffers);
+    float* const shared_sums = reinterpret_cast<float*>(buffers + BUFFERS * BUFFER);
+    Sequence* const sequences = reinterpret_cast<Sequence*>(shared_sums + WARPS_K * SEQUENCES * SUMS_PITCH);
+    choose_sequences(scan, sequences);
+    __syncthreads();
+    int steps = 0;  // of the longest
+    for (int n = 0; n < SEQUENCES; ++n) steps = sequences[n].length > steps ? sequences[n].length : steps;
+
+    cell.buffer = buffers;
+    if (!GRID) {
+        copy_rows(buffers, 0, sequences, cell.K(), [&](const Sequence& sequence) { return cell.initial(sequence); });
+        copy_wait<0>();
+        __syncthreads();
+    }
+    Weights weights;
+    load_weights(cell, weights);
+#pragma unroll
+    for (int e = 0; e < ITEMS; ++e) {
+        const Item item = item_of(e, scan, sequences);
+        if (item.exists) cell.begin(e, item);
+    }
+    // A way back ends with the product of the last gradients, which goes to the initial state.
+    const int iterations = steps && Cell::BACKWARD ? steps + 1 : steps;
+    const bool falling = scan.reverse != Cell::BACKWARD;
+    for (int count = 0; count < iterations; ++count) {
+        const int t = falling ? steps - 1 - count : count;
+        const Step step = {count, t, falling ? t + 1 : t - 1};
+#pragma unroll
+        for (int e = 0; e < ITEMS; ++e) {
+            const Item item = item_of(e, scan, sequences);
+            if (item.has(t)) cell.fetch(e, item, t);
+        }
+        Sums sums = {};
+        if (GRID) {
+            if (count > 0 && !all_have_done(scan, count)) return;
+            copy_and_multiply(cell, step, buffers, sequences, weights, sums);
+        } else {
+            sums.add(weights.a[0], buffers);
+        }
+        store_sums(sums, shared_sums);
+        __syncthreads();
+#pragma unroll
+        for (int e = 0; e < ITEMS; ++e) {
+            const Item item = item_of(e, scan, sequences);
+            if (item.exists) cell.advance(e, item, step, Totals{shared_sums + item.n * SUMS_PITCH});
+        }
+        if (GRID) tell_done(scan, count + 1);
+        else __syncthreads();
+#pragma unroll
+        for (int e = 0; e < ITEMS; ++e) {
+            const Item item = item_of(e, scan, sequences);
+            if (item.has(t)) cell.save(e, item, t);
+            else if (item.exists && t >= 0 && t < steps) cell.pad(item, t);
+        }
+    }
+#pragma unroll
+    for (int e = 0; e < ITEMS; ++e) {
+        const Item item = item_of(e, scan, sequences);
+        if (!item.exists) continue;
+        cell.end(e, item);
+        for (int t = steps; t < scan.T; ++t) cell.pad(item, t);
+    }
+}
