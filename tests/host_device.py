@@ -392,6 +392,12 @@ def _stand_ins(device: HostDevice) -> dict[str, Any]:
 
 
 @cache
+def plans() -> ModuleType:
+    """Return `_plan`, which needs no GPU library, without its package."""
+    return _load("rnnkit_plans", PACKAGE / "_plan.py")
+
+
+@cache
 def kernel_source() -> ModuleType:
     """Return `_source`, which needs no GPU library, without its package."""
     return _load("rnnkit_kernel_source", PACKAGE / "_source.py")
