@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from ..._array import namespace_of
 from ..._typing import Array
+from . import _persistent
 from ._loader import product
-from ._persistent import chosen, exchange, launch
 from ._step import copy_as, elementwise, run, steps
 
 
@@ -36,11 +36,11 @@ def gru_forward(
     output = xp.empty((T, B, H), dtype=h_0.dtype)
     recurrent_n = xp.empty((T, B, H), dtype=gates.dtype) if save else None
     saved = GRUSaved(gates, recurrent_n, output, h_0, lengths, reverse) if save else None
-    layout = chosen("gru", False, dtype, T, B, H)
+    layout = _persistent.chosen("gru", False, dtype, T, B, H)
     if layout is not None:
         h = xp.empty((B, H), dtype=h_0.dtype)
-        args = gates, weight_hh, bias_hn, h_0, output, h, recurrent_n
-        launch(layout, "gru_forward", dtype, (T, B, H), H, (h_0, output), args, lengths, reverse)
+        args = gates, bias_hn, h_0, output, h, recurrent_n
+        _persistent.there(layout, "gru", weight_hh, h_0, output, args, lengths, reverse)
         return output, h, saved
 
     h = copy_as(h_0, h_0.dtype)
@@ -61,11 +61,11 @@ def gru_backward(
     gates, recurrent_n, output, h_0, lengths, reverse = saved
     xp, dtype = namespace_of(gates), str(d_output.dtype)
     T, B, H = output.shape
-    layout = chosen("gru", True, dtype, T, B, H)
+    layout = _persistent.chosen("gru", True, dtype, T, B, H)
     if layout is not None:
-        d_h_0, told = xp.empty((B, H), dtype=d_h_n.dtype), exchange(layout, d_h_n, 3)
-        args = gates, recurrent_n, output, h_0, weight_hh, d_output, d_h_n, d_h_0, told
-        launch(layout, "gru_backward", dtype, (T, B, H), 3 * H, (told,), args, lengths, reverse)
+        d_h_0 = xp.empty((B, H), dtype=d_h_n.dtype)
+        args = gates, recurrent_n, output, h_0, d_output, d_h_n, d_h_0
+        _persistent.back(layout, "gru", weight_hh, d_output, args, lengths, reverse)
         return gates, d_h_0, recurrent_n
 
     d_w, d_h = xp.empty((B, 3 * H), dtype=gates.dtype), copy_as(d_h_n, gates.dtype)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from ..._array import namespace_of
 from ..._typing import Array
+from . import _persistent
 from ._loader import product
-from ._persistent import chosen, exchange, launch
 from ._step import Step, copy_as, elementwise, run, steps
 
 
@@ -30,11 +30,11 @@ def lstm_forward(
     output = xp.empty((T, B, P), dtype=h_0.dtype)
     c_prev = xp.empty((T, B, H), dtype=gates.dtype) if save else None
     saved = LSTMSaved(gates, c_prev, lengths, reverse) if save else None
-    layout = chosen("lstm", False, dtype, T, B, H) if weight_hr is None else None
+    layout = _persistent.chosen("lstm", False, dtype, T, B, H) if weight_hr is None else None
     if layout is not None:
         h, c = xp.empty((B, H), dtype=h_0.dtype), xp.empty((B, H), dtype=c_0.dtype)
-        arguments = gates, weight_hh, h_0, c_0, output, h, c, c_prev
-        launch(layout, "lstm_forward", dtype, (T, B, H), H, (h_0, output), arguments, lengths, reverse)
+        args = gates, h_0, c_0, output, h, c, c_prev
+        _persistent.there(layout, "lstm", weight_hh, h_0, output, args, lengths, reverse)
         return output, h, c, saved
 
     h, c = copy_as(h_0, h_0.dtype), copy_as(c_0, c_0.dtype)
@@ -69,12 +69,11 @@ def lstm_backward(
     gates, c_prev, lengths, reverse = saved
     xp, dtype = namespace_of(gates), str(d_output.dtype)
     (T, B, P), H = d_output.shape, c_prev.shape[2]
-    layout = chosen("lstm", True, dtype, T, B, H) if weight_hr is None else None
+    layout = _persistent.chosen("lstm", True, dtype, T, B, H) if weight_hr is None else None
     if layout is not None:
         d_h_0, d_c_0 = xp.empty((B, H), dtype=d_h_n.dtype), xp.empty((B, H), dtype=d_c_n.dtype)
-        told = exchange(layout, d_h_n, 4)
-        arguments = gates, c_prev, weight_hh, d_output, d_h_n, d_c_n, d_h_0, d_c_0, told
-        launch(layout, "lstm_backward", dtype, (T, B, H), 4 * H, (told,), arguments, lengths, reverse)
+        args = gates, c_prev, d_output, d_h_n, d_c_n, d_h_0, d_c_0
+        _persistent.back(layout, "lstm", weight_hh, d_output, args, lengths, reverse)
         return gates, d_h_0, d_c_0
 
     d_h, d_c = copy_as(d_h_n, gates.dtype), copy_as(d_c_n, gates.dtype)

@@ -8,8 +8,8 @@ import numpy as np
 
 from ..._array import accumulation_dtype, namespace_of
 from ..._typing import Array
+from . import _persistent
 from ._loader import product
-from ._persistent import chosen, exchange, launch
 from ._step import copy_as, elementwise, run, steps
 
 
@@ -31,11 +31,11 @@ def rnn_forward(
     xp, relu = namespace_of(gates), int(nonlinearity == "relu")
     output = xp.empty((T, B, H), dtype=h_0.dtype)
     saved = RNNSaved(output, lengths, reverse, nonlinearity) if save else None
-    layout = chosen("rnn", False, dtype, T, B, H)
+    layout = _persistent.chosen("rnn", False, dtype, T, B, H)
     if layout is not None:
         h = xp.empty((B, H), dtype=h_0.dtype)
-        args = gates, weight_hh, h_0, output, h, relu
-        launch(layout, "rnn_forward", dtype, (T, B, H), H, (h_0, output), args, lengths, reverse)
+        args = gates, h_0, output, h, relu
+        _persistent.there(layout, "rnn", weight_hh, h_0, output, args, lengths, reverse)
         return output, h, saved
 
     h = copy_as(h_0, h_0.dtype)
@@ -54,11 +54,11 @@ def rnn_backward(saved: RNNSaved, weight_hh: Array, d_output: Array, d_h_n: Arra
     xp, dtype = namespace_of(output), str(d_output.dtype)
     (T, B, H), wide = output.shape, np.dtype(accumulation_dtype(dtype))
     d_gates, relu = xp.empty((T, B, H), dtype=wide), int(nonlinearity == "relu")
-    layout = chosen("rnn", True, dtype, T, B, H)
+    layout = _persistent.chosen("rnn", True, dtype, T, B, H)
     if layout is not None:
-        d_h_0, told = xp.empty((B, H), dtype=d_h_n.dtype), exchange(layout, d_h_n, 1)
-        args = output, d_gates, weight_hh, d_output, d_h_n, d_h_0, told, relu
-        launch(layout, "rnn_backward", dtype, (T, B, H), H, (told,), args, lengths, reverse)
+        d_h_0 = xp.empty((B, H), dtype=d_h_n.dtype)
+        args = output, d_gates, d_output, d_h_n, d_h_0, relu
+        _persistent.back(layout, "rnn", weight_hh, d_output, args, lengths, reverse)
         return d_gates, d_h_0
 
     d_h = copy_as(d_h_n, wide)

@@ -21,7 +21,7 @@
 //   fetch(e, item, t), save(e, item, t)   as above; for a live step only
 //   advance(e, item, step, totals)        the arithmetic; also where the step is not live
 //   pad(item, t)                          what is stored for a step that a sequence does not have
-//   K(), weight(row, k)                   how many numbers are multiplied; the element of the block's W
+//   K(), weight_row(row)                  how many numbers are multiplied; where a row of the block's W begins
 //   initial(sequence), operand(sequence, step)   the row to be multiplied: before all steps, at a step
 //
 // A variant is given by these macros, which _plan.py chooses, beside those of common.cuh:
@@ -82,6 +82,7 @@ struct Scan {
     const long long* lengths;  // (B), or null
     unsigned* flags;           // whether a block gave up; then for each block, how many steps it has done
     unsigned* error;           // in the host's memory
+    int pitch;                 // of the rows of weights: a multiple of 16 bytes, filled up with zeros
     int T, B, H;               // a step, (B, G*H), has fewer than 2^31 elements; a sequence of them may have more
     bool reverse;
 

@@ -5,19 +5,17 @@ template <int GATES>
 struct Back {
     static constexpr bool BACKWARD = true;
     const Scan& scan;
-    const STORE *weight_hh, *d_output, *d_h_n;
+    const Operand* weights;  // (H, pitch), weight_hh transposed
+    const STORE *d_output, *d_h_n;
     STORE* d_h_0;
     Operand* exchange;  // (2, B, GATES*H), null for GRID = 0
     unsigned char* buffer;
     REAL d_h[ITEMS], d_y[ITEMS];
 
     __device__ __forceinline__ int K() const { return GATES * scan.H; }
-    // Columns of weight_hh: those of the block's units.
-    __device__ __forceinline__ Operand weight(int row, int k) const {
+    __device__ __forceinline__ const Operand* weight_row(int row) const {
         const int j = scan.first_unit() + row;
-        Operand x = Operand();
-        if (row < UNITS && j < scan.H && k < K()) round_to(real(weight_hh[(long long)k * scan.H + j]), x);
-        return x;
+        return row < UNITS && j < scan.H ? weights + (long long)j * scan.pitch : nullptr;
     }
     // Two slots are enough: who writes to one again has seen that all have written to the other, hence read this.
     __device__ __forceinline__ Operand* slot(int count) const { return exchange + scan.step(count % 2, K()); }

@@ -36,10 +36,11 @@ struct Cell : There<3> {
 // way back the activated gates take the place of gates, and recurrent_n (T, B, H) gets W_n h + b_hn; recurrent_n is
 // null where there is none. flags is zero at first; it has one number more than there are blocks.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) gru_forward_persistent(
-    REAL* gates, const STORE* weight_hh, const STORE* bias_hn, const STORE* h_0, STORE* output, STORE* h_n,
+    const STORE* weights, REAL* gates, const STORE* bias_hn, const STORE* h_0, STORE* output, STORE* h_n,
     REAL* recurrent_n, const long long* lengths, unsigned* flags, long long error, long long T, long long B,
-    long long H, long long reverse) {
-    const Scan scan = {lengths, flags, reinterpret_cast<unsigned*>(error), int(T), int(B), int(H), reverse != 0};
-    Cell cell = {{scan, weight_hh, h_0, output, h_n}, gates, recurrent_n, bias_hn};
+    long long H, long long reverse, long long pitch) {
+    const Scan scan = {lengths, flags, reinterpret_cast<unsigned*>(error), int(pitch), int(T), int(B), int(H),
+                       reverse != 0};
+    Cell cell = {{scan, weights, h_0, output, h_n}, gates, recurrent_n, bias_hn};
     run(cell, scan);
 }

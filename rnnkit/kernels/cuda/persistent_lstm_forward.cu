@@ -45,10 +45,11 @@ struct Cell : There<4> {
 // activated gates take the place of gates, and c_prev (T, B, H) gets the c before each step; c_prev is null where
 // there is none. flags is zero at first; it has one number more than there are blocks.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) lstm_forward_persistent(
-    REAL* gates, const STORE* weight_hh, const STORE* h_0, const REAL* c_0, STORE* output, STORE* h_n, REAL* c_n,
-    REAL* c_prev, const long long* lengths, unsigned* flags, long long error, long long T, long long B,
-    long long H, long long reverse) {
-    const Scan scan = {lengths, flags, reinterpret_cast<unsigned*>(error), int(T), int(B), int(H), reverse != 0};
-    Cell cell = {{scan, weight_hh, h_0, output, h_n}, gates, c_prev, c_0, c_n};
+    const STORE* weights, REAL* gates, const STORE* h_0, const REAL* c_0, STORE* output, STORE* h_n,
+    REAL* c_n, REAL* c_prev, const long long* lengths, unsigned* flags, long long error, long long T,
+    long long B, long long H, long long reverse, long long pitch) {
+    const Scan scan = {lengths, flags, reinterpret_cast<unsigned*>(error), int(pitch), int(T), int(B), int(H),
+                       reverse != 0};
+    Cell cell = {{scan, weights, h_0, output, h_n}, gates, c_prev, c_0, c_n};
     run(cell, scan);
 }

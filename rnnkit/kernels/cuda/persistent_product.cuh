@@ -44,35 +44,35 @@ struct Weights {
     WeightsOfChunk a[CHUNKS];
 };
 
-__device__ __forceinline__ unsigned bits_of(float16 x) { return x.bits; }
-__device__ __forceinline__ unsigned bits_of(bfloat16 x) { return x.bits; }
-__device__ __forceinline__ unsigned bits_of(float x) {
-    return PRODUCT == ROUNDED_TO_TF32 ? tf32(x) : bits_of_float(x);
+using Four = Pack<unsigned, 4>;
+
+__device__ __forceinline__ Four piece_at(const void* p) { return *reinterpret_cast<const Four*>(p); }
+
+__device__ __forceinline__ unsigned weight_bits(unsigned bits) {
+    return PRODUCT == ROUNDED_TO_TF32 ? tf32(float_of_bits(bits)) : bits;
 }
 
 template <class Cell>
 __device__ __forceinline__ void load_weights(const Cell& cell, Weights& weights) {
-    constexpr int A_WORD = PIECE / 4;  // elements
 #pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; ++chunk)
+    for (int m = 0; m < TILES_M; ++m)
 #pragma unroll
-        for (int w = 0; w < WINDOWS; ++w)
+        for (int half = 0; half < 2; ++half) {
+            const Operand* const row = cell.weight_row((warp_m() * TILES_M + m) * 16 + half * 8 + lane() / 4);
 #pragma unroll
-            for (int m = 0; m < TILES_M; ++m)
+            for (int chunk = 0; chunk < CHUNKS; ++chunk)
 #pragma unroll
-                for (int part = 0; part < 8; ++part) {
-                    const int row = (warp_m() * TILES_M + m) * 16 + lane() / 4 + part % 2 * 8;
+                for (int w = 0; w < WINDOWS; ++w) {
                     const int window = (chunk * WARPS_K + warp_k()) * WINDOWS + w;
-                    const int k = window * WINDOW + lane() % 4 * PIECE + part / 2 * A_WORD;
-                    unsigned bits = bits_of(cell.weight(row, k));
-                    if (A_WORD == 2) bits |= bits_of(cell.weight(row, k + 1)) << 16;
-                    weights.a[chunk][w][m][part / 4][part % 4] = bits;
+                    const int k = window * WINDOW + lane() % 4 * PIECE;
+                    Four piece = {};
+                    if (row != nullptr && k < cell.K()) piece = piece_at(row + k);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        weights.a[chunk][w][m][i / 2][i % 2 * 2 + half] = weight_bits(piece.x[i]);
                 }
+        }
 }
-
-using Four = Pack<unsigned, 4>;
-
-__device__ __forceinline__ Four piece_at(const unsigned char* p) { return *reinterpret_cast<const Four*>(p); }
 
 #if PRODUCT == 0
 __device__ __forceinline__ unsigned operand_bits(unsigned bits) { return bits; }

@@ -33,10 +33,11 @@ struct Cell : Back<1> {
 // Fills d_gates (T, B, H) and d_h_0 (B, H). exchange (2, B, H) is for what the blocks of a group tell each other;
 // null for GRID = 0. flags as on the way there.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) rnn_backward_persistent(
-    const STORE* output, REAL* d_gates, const STORE* weight_hh, const STORE* d_output, const STORE* d_h_n,
-    STORE* d_h_0, Operand* exchange, long long relu, const long long* lengths, unsigned* flags, long long error,
-    long long T, long long B, long long H, long long reverse) {
-    const Scan scan = {lengths, flags, reinterpret_cast<unsigned*>(error), int(T), int(B), int(H), reverse != 0};
-    Cell cell = {{scan, weight_hh, d_output, d_h_n, d_h_0, exchange}, output, d_gates, relu != 0};
+    const Operand* weights, Operand* exchange, const STORE* output, REAL* d_gates, const STORE* d_output,
+    const STORE* d_h_n, STORE* d_h_0, long long relu, const long long* lengths, unsigned* flags,
+    long long error, long long T, long long B, long long H, long long reverse, long long pitch) {
+    const Scan scan = {lengths, flags, reinterpret_cast<unsigned*>(error), int(pitch), int(T), int(B), int(H),
+                       reverse != 0};
+    Cell cell = {{scan, weights, d_output, d_h_n, d_h_0, exchange}, output, d_gates, relu != 0};
     run(cell, scan);
 }

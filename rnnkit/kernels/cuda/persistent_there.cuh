@@ -5,17 +5,16 @@ template <int GATES>
 struct There {
     static constexpr bool BACKWARD = false;
     const Scan& scan;
-    const STORE *weight_hh, *h_0;
+    const STORE *weights, *h_0;  // weights (GATES*H, pitch)
     STORE *output, *h_n;
     unsigned char* buffer;
     STORE h[ITEMS];
 
     __device__ __forceinline__ int K() const { return scan.H; }
-    // Rows of weight_hh: gate after gate, of each those of the block's units.
-    __device__ __forceinline__ STORE weight(int row, int k) const {
+    // Gate after gate, of each the block's units.
+    __device__ __forceinline__ const STORE* weight_row(int row) const {
         const int gate = row / UNITS, j = scan.first_unit() + row % UNITS;
-        if (gate >= GATES || j >= scan.H || k >= scan.H) return STORE();
-        return weight_hh[((long long)gate * scan.H + j) * scan.H + k];
+        return gate < GATES && j < scan.H ? weights + ((long long)gate * scan.H + j) * scan.pitch : nullptr;
     }
     __device__ __forceinline__ Row initial(const Sequence& sequence) const {
         return {h_0 + (sequence.b < 0 ? 0 : sequence.b * scan.H), sequence.b >= 0};
