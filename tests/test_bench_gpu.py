@@ -251,13 +251,11 @@ def with_cuda(host, monkeypatch):
     monkeypatch.setattr(kernels, "_load", lambda name: load("numpy" if name == "cuda" else name))
     kernels._choose.cache_clear()
     layouts = {"lstm_forward": {"exchange": 2e-6, "memory": 0.0}, "lstm_backward": "no room"}
-    monkeypatch.setattr(
-        sides.importlib, "import_module",
-        lambda name: SimpleNamespace(
-            whole_sequence=lambda name, case, B: layouts.get(name, "no such kernel"),
-            step_times=lambda name, case, B: layouts[name] if isinstance(layouts[name], dict) else {},
-        ),
-    )  # fmt: skip
+    asked = SimpleNamespace(
+        whole_sequence=lambda name, case, B: layouts.get(name, "no such kernel"),
+        step_times=lambda name, case, B: layouts[name] if isinstance(layouts[name], dict) else {},
+    )
+    monkeypatch.setattr(sides, "importlib", SimpleNamespace(import_module=lambda name: asked))
     yield host
     kernels._choose.cache_clear()
 
