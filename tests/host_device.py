@@ -116,6 +116,9 @@ class HostDevice:
         In which order threads and blocks take turns: "forward", "reverse" or "shuffled".
     launches : list of str
         The kernels launched and products made since it was last cleared.
+    check_races : bool
+        Whether kernels that are compiled from now on report a race, as tests/kernels/races.h explains: in any
+        order of threads, but slowly.
     attributes : dict
         What `cupy.cuda.Device.attributes` tells of it, as far as it matters; tests may change it.
     """
@@ -125,6 +128,7 @@ class HostDevice:
         self.order, self.seed = "forward", 0
         self.launches: list[str] = []
         self.attributes = dict(ATTRIBUTES)
+        self.check_races = False
         self._lock = threading.RLock()
         _compile(["-c", str(HERE / "host.cpp")], folder / "host.o")
 
@@ -138,15 +142,16 @@ class HostDevice:
         )
 
     def _library(self, code: str, options: tuple[str, ...]) -> ctypes.CDLL:
-        name = hashlib.sha256(repr((code, options)).encode()).hexdigest()[:16]
+        # What the sanitizers call is in host.cpp: their libraries would be linked with the option.
+        sanitize = ["-fsanitize=alignment", *(["-fsanitize=thread", "-g"] if self.check_races else [])]
+        name = hashlib.sha256(repr((code, options, sanitize)).encode()).hexdigest()[:16]
         main, target = self.folder / f"{name}.cpp", self.folder / f"{name}.so"
         kernels = re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(", code)
         with self._lock:
             if not target.exists():
                 exports = "\n".join(f"EXPORT({kernel})" for kernel in kernels)
                 main.write_text(f'#include "{HERE / "host.h"}"\n{code}\n{exports}\n')
-                # What the sanitizer calls is in host.cpp: its library would be linked with the option.
-                _compile(["-c", "-fsanitize=alignment", *options, str(main)], main.with_suffix(".o"))
+                _compile(["-c", *sanitize, *options, str(main)], main.with_suffix(".o"))
                 _compile(["-shared", str(main.with_suffix(".o")), str(self.folder / "host.o")], target)
         library = ctypes.CDLL(str(target))
         library.host_run.restype = ctypes.c_char_p
@@ -163,7 +168,7 @@ class HostDevice:
                 getattr(library, f"{name}_call"), pointers, SIZES(*grid), SIZES(*block),
                 ctypes.c_size_t(shared), mode, ORDERS[self.order], ctypes.c_uint(self.seed),
             )  # fmt: skip
-        assert error is None, f"{name}: {error.decode()}"
+        assert error is None, f"{name}: {_located(error.decode(), library)}"
 
     def blocks_at_once(self, threads: int, shared: int) -> int:
         """Return how many blocks the multiprocessors hold at the same time; registers are not counted."""
@@ -301,6 +306,15 @@ def _value(where: str, vector: int, arg: Any, kind: str, letter: str) -> Any:
     aligned = letter in "qo" or address % min(16, vector * arg.itemsize) == 0
     assert aligned, f"{where} lies at an address from which no {vector} elements can be loaded at once"
     return ctypes.c_void_p(address)
+
+
+def _located(error: str, library: ctypes.CDLL) -> str:
+    """Return an error with the functions and lines in place of the address that it may end with."""
+    text, _, place = error.partition(" at +")
+    if not place or shutil.which("addr2line") is None:
+        return error
+    command = ["addr2line", "-Cfsipe", library._name, place]
+    return f"{text}: {subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()}"
 
 
 def _compile(arguments: list[str], target: Path) -> None:
