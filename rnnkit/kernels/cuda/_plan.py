@@ -230,7 +230,7 @@ def step_times(layout: Plan, scan: Scan, limits: Limits) -> dict[str, float]:
     device's memory beyond the time of all others.
     """
     blocks, groups, N = layout.blocks(scan.H), layout.groups(scan.B), layout.sequences
-    at_once = min(blocks * groups, limits.multiprocessors)
+    at_once = min(blocks * groups, max(1, limits.multiprocessors))
     operand = N * scan.operands * scan.operand_bytes
     reads = layout.warps_m * operand / _SHARED
     multiply = layout.rows * N * scan.operands / _RATE[layout.product]
