@@ -245,6 +245,7 @@ class Function:
         pointers = self.pointers(*[ctypes.addressof(value) for value in values])
         assert all(grid), f"{name}: a grid {grid} without blocks"
         assert math.prod(block) <= 1024, f"{name}: a block {block} of more than 1024 threads"
+        assert max(grid[1:], default=1) <= MOST_BLOCKS, f"{name}: a grid {grid} wider than a device takes"
         assert shared_mem <= self._most_shared, (
             f"{name}: {shared_mem} bytes of shared memory, but {self._most_shared} were asked for"
         )
@@ -265,6 +266,7 @@ class Function:
         return (most, 1, 1)
 
 
+MOST_BLOCKS = 65535  # along the second and the third axis of a grid
 # Of a device of few multiprocessors, each of them an H200's; CuPy's names.
 ATTRIBUTES = {
     "MultiProcessorCount": 8,
