@@ -34,6 +34,7 @@ import rnnkit.kernels
 HERE = Path(__file__).parent / "kernels"
 PACKAGE = Path(rnnkit.kernels.__file__).parent / "cuda"
 SANITIZE = ("-fsanitize=alignment",)
+RACES = ("-fsanitize=thread", "-g")
 FENCE = 64  # bytes on either side of an array that nobody may write
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2, "uneven": 3}
 Size = tuple[int, ...]
@@ -117,6 +118,9 @@ class HostDevice:
         In which order threads and blocks take turns: "forward", "reverse" or "shuffled".
     launches : list of str
         The kernels launched and products made since it was last cleared.
+    check_races : bool
+        Whether kernels that are compiled from now on report a race, as tests/kernels/races.h explains: in any
+        order of threads, but slowly.
     attributes : dict
         What `cupy.cuda.Device.attributes` tells of it, as far as it matters; tests may change it.
     """
@@ -126,6 +130,7 @@ class HostDevice:
         self.order, self.seed = "forward", 0
         self.launches: list[str] = []
         self.attributes = dict(ATTRIBUTES)
+        self.check_races = False
         self._lock = threading.RLock()
         _compile(["-c", str(HERE / "host.cpp")], folder / "host.o")
         # Precompiled, since what host.h includes takes longer than most kernels; g++ finds it by its name.
@@ -142,15 +147,16 @@ class HostDevice:
         )
 
     def _library(self, code: str, options: tuple[str, ...]) -> ctypes.CDLL:
-        name = hashlib.sha256(repr((code, options)).encode()).hexdigest()[:16]
+        # What the sanitizers call is in host.cpp: their libraries would be linked with the option.
+        sanitize = [*SANITIZE, *(RACES if self.check_races else [])]
+        name = hashlib.sha256(repr((code, options, sanitize)).encode()).hexdigest()[:16]
         main, target = self.folder / f"{name}.cpp", self.folder / f"{name}.so"
         kernels = re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(", code)
         with self._lock:
             if not target.exists():
                 exports = "\n".join(f"EXPORT({kernel})" for kernel in kernels)
                 main.write_text(f'#include "device.h"\n{code}\n{exports}\n')
-                # What the sanitizer calls is in host.cpp: its library would be linked with the option.
-                _compile(["-c", *SANITIZE, *options, str(main)], main.with_suffix(".o"))
+                _compile(["-c", *sanitize, *options, str(main)], main.with_suffix(".o"))
                 _compile(["-shared", str(main.with_suffix(".o")), str(self.folder / "host.o")], target)
         library = ctypes.CDLL(str(target))
         library.host_run.restype = ctypes.c_char_p
@@ -167,7 +173,7 @@ class HostDevice:
                 getattr(library, f"{name}_call"), pointers, SIZES(*grid), SIZES(*block),
                 ctypes.c_size_t(shared), mode, ORDERS[self.order], ctypes.c_uint(self.seed),
             )  # fmt: skip
-        assert error is None, f"{name}: {error.decode()}"
+        assert error is None, f"{name}: {_located(error.decode(), library)}"
 
     def blocks_at_once(self, threads: int, shared: int) -> int:
         """Return how many blocks the multiprocessors hold at the same time; registers are not counted."""
@@ -239,6 +245,7 @@ class Function:
         pointers = self.pointers(*[ctypes.addressof(value) for value in values])
         assert all(grid), f"{name}: a grid {grid} without blocks"
         assert math.prod(block) <= 1024, f"{name}: a block {block} of more than 1024 threads"
+        assert max(grid[1:], default=1) <= MOST_BLOCKS, f"{name}: a grid {grid} wider than a device takes"
         assert shared_mem <= self._most_shared, (
             f"{name}: {shared_mem} bytes of shared memory, but {self._most_shared} were asked for"
         )
@@ -259,6 +266,7 @@ class Function:
         return (most, 1, 1)
 
 
+MOST_BLOCKS = 65535  # along the second and the third axis of a grid
 # Of a device of few multiprocessors, each of them an H200's; CuPy's names.
 ATTRIBUTES = {
     "MultiProcessorCount": 8,
@@ -305,6 +313,15 @@ def _value(where: str, vector: int, arg: Any, kind: str, letter: str) -> Any:
     aligned = letter in "qo" or address % min(16, vector * arg.itemsize) == 0
     assert aligned, f"{where} lies at an address from which no {vector} elements can be loaded at once"
     return ctypes.c_void_p(address)
+
+
+def _located(error: str, library: ctypes.CDLL) -> str:
+    """Return an error with the functions and lines in place of the address that it may end with."""
+    text, _, place = error.partition(" at +")
+    if not place or shutil.which("addr2line") is None:
+        return error
+    command = ["addr2line", "-Cfsipe", library._name, place]
+    return f"{text}: {subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()}"
 
 
 def _compile(arguments: list[str], target: Path) -> None:
@@ -393,6 +410,12 @@ def _stand_ins(device: HostDevice) -> dict[str, Any]:
     )
     packages = {name: ModuleType(name) for name in ("cupy_backends", "cupy_backends.cuda")}
     return {"cupy": cupy, **packages, "cupy_backends.cuda.libs": SimpleNamespace(cublas=cublas)}
+
+
+@cache
+def plans() -> ModuleType:
+    """Return `_plan`, which needs no GPU library, without its package."""
+    return _load("rnnkit_plans", PACKAGE / "_plan.py")
 
 
 @cache

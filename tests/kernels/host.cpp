@@ -2,6 +2,9 @@
 
 #include "host.h"
 
+#include "races.h"
+
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -37,8 +40,9 @@ struct Thread {
     jmp_buf paused;      // where it goes on: swapcontext would call the system twice a turn
     bool begun;
     dim3 index;
-    unsigned block, number;
+    unsigned block, number, id;  // in the block, and of all that run together
     State state;
+    bool orders;  // memory, by what it waits for: shuffles and products do not
     int line;
     unsigned mask;
     uint64_t value, lanes[32];
@@ -82,6 +86,8 @@ Block* current_block;
 std::vector<Block>* blocks;
 jmp_buf scheduler;
 std::string failure;
+Races races;
+bool check_races;  // where the kernel was compiled so that it announces its accesses
 
 std::string name_of(const Thread& thread) {
     char text[96];
@@ -94,9 +100,10 @@ void leave() {
     if (!_setjmp(current->paused)) _longjmp(scheduler, 1);
 }
 
-void wait(State state, int line) {
+void wait(State state, int line, bool orders = true) {
     if (current == nullptr) throw std::runtime_error("a barrier in a kernel launched without fibers");
     current->state = state;
+    current->orders = orders;
     current->line = line;
     leave();
 }
@@ -131,6 +138,7 @@ void begin(Block& block, unsigned number, std::size_t shared) {
         thread.index = {k % blockDim.x, k / blockDim.x % blockDim.y, k / blockDim.x / blockDim.y};
         thread.block = number;
         thread.number = k;
+        thread.id = number * block.threads.size() + k;
         thread.state = READY;
         thread.begun = false;
         thread.what = host::NOTHING;
@@ -166,6 +174,11 @@ bool release(const Group& group, State state) {
     }
     if (!std::all_of(group.begin(), group.end(), waits)) return false;
     for (Thread* thread : group) thread->state = READY;
+    if (check_races && (*first)->orders) {
+        std::vector<unsigned> ids;
+        for (const Thread* thread : group) ids.push_back(thread->id);
+        races.meet(ids);
+    }
     return true;
 }
 
@@ -300,6 +313,7 @@ std::vector<Group> warps_of(std::vector<Block>& alive, std::mt19937& random) {
 
 void run_together(std::vector<Block>& alive, Order order, std::mt19937& random) {
     blocks = &alive;
+    if (check_races) races.begin(alive.size() * alive[0].threads.size());
     Group all;
     for (Block& block : alive) all.insert(all.end(), block.all.begin(), block.all.end());
     const std::vector<Group> warps = order == UNEVEN ? warps_of(alive, random) : std::vector<Group>();
@@ -358,12 +372,12 @@ unsigned block_count(bool predicate, int line) {
     return unsigned(current->lanes[0]);
 }
 void whole_grid_barrier(int line) { wait(AT_GRID, line); }
-const uint64_t* warp_barrier(unsigned mask, uint64_t value, int line) {
+const uint64_t* warp_barrier(unsigned mask, uint64_t value, int line, bool orders) {
     if (current != nullptr) {
         current->mask = mask;
         current->value = value;
     }
-    wait(AT_WARP, line);
+    wait(AT_WARP, line, orders);
     return current->lanes;
 }
 void yield(int line) {
@@ -382,7 +396,37 @@ void multiply(Multiply what, float* d, const unsigned* a, const unsigned* b, int
     current->a = a;
     current->b = b;
     current->mask = 0xffffffff;
-    wait(AT_WARP, line);
+    wait(AT_WARP, line, false);
+}
+void release(const void* where, bool add) {
+    if (check_races && current != nullptr) races.release(current->id, where, add);
+}
+void acquire(const void* where) {
+    if (check_races && current != nullptr) races.acquire(current->id, where);
+}
+// An access of the current thread to memory that others may know; `from` is where the code is.
+void announce(const void* where, std::size_t size, bool write, const void* from) {
+    if (!check_races || current == nullptr) return;
+    const auto within = [where](const void* start, std::size_t bytes) {
+        return std::size_t(static_cast<const char*>(where) - static_cast<const char*>(start)) < bytes;
+    };
+    if (within(current->context.uc_stack.ss_sp, STACK)) return;
+    for (const dim3* own : {&threadIdx, &blockIdx, &blockDim, &gridDim})
+        if (within(own, sizeof(dim3))) return;
+    const Races::Conflict conflict = races.access(current->id, where, size, write);
+    if (!conflict.found) return;
+    const std::size_t size_of_block = current_block->threads.size();
+    const Thread& other = (*blocks)[conflict.thread / size_of_block].threads[conflict.thread % size_of_block];
+    failure = "a race: " + name_of(*current) + (write ? " writes" : " reads") + " what " + name_of(other) +
+              (conflict.write ? " wrote" : " reads");
+    Dl_info library;
+    if (from != nullptr && dladdr(from, &library)) {
+        const std::size_t place = std::size_t(from) - std::size_t(library.dli_fbase) - 1;  // for addr2line
+        char text[32];
+        std::snprintf(text, sizeof text, " at +%#zx", place);
+        failure += text;
+    }
+    leave();
 }
 void copy_async(void* shared, const void* global, int line) {
     const auto* const to = static_cast<unsigned char*>(shared);
@@ -390,6 +434,8 @@ void copy_async(void* shared, const void* global, int line) {
     if (to < memory.data() || to + 16 > memory.data() + memory.size() - FENCE)
         fail("a copy to outside of the shared memory", line);
     if ((std::size_t(shared) | std::size_t(global)) % 16) fail("a misaligned copy", line);
+    announce(shared, 16, true);
+    if (global != nullptr) announce(global, 16, false);
     std::memset(shared, 0xff, 16);
     current->copies.back().push_back({shared, global});
 }
@@ -397,7 +443,9 @@ void copy_commit() { current->copies.emplace_back(); }
 void copy_wait(unsigned later) {
     auto& copies = current->copies;
     while (copies.size() > later + 1) {
-        for (const Copy& copy : copies.front()) {
+        for (const Copy& copy : copies.front()) {  // they may happen at any time from the call to the wait
+            announce(copy.to, 16, true);
+            if (copy.from != nullptr) announce(copy.from, 16, false);
             if (copy.from == nullptr) std::memset(copy.to, 0, 16);
             else std::memcpy(copy.to, copy.from, 16);
         }
@@ -450,6 +498,22 @@ extern "C" const char* host_run(
     }
     return failure.empty() ? nullptr : failure.c_str();
 }
+
+// What -fsanitize=thread calls before an access.
+#define FROM __builtin_return_address(0)
+#define ACCESS(size)                                                                                 \
+    extern "C" void __tsan_read##size(void* p) { host::announce(p, size, false, FROM); }             \
+    extern "C" void __tsan_write##size(void* p) { host::announce(p, size, true, FROM); }
+ACCESS(1)
+ACCESS(2)
+ACCESS(4)
+ACCESS(8)
+ACCESS(16)
+extern "C" void __tsan_read_range(void* p, std::size_t size) { host::announce(p, size, false, FROM); }
+extern "C" void __tsan_write_range(void* p, std::size_t size) { host::announce(p, size, true, FROM); }
+extern "C" void __tsan_func_entry(void*) {}
+extern "C" void __tsan_func_exit() {}
+extern "C" void __tsan_init() { check_races = true; }
 
 // What -fsanitize=alignment calls before an access at an address that is no multiple of what its type needs.
 extern "C" void __ubsan_handle_type_mismatch_v1(void* data, void* address) {

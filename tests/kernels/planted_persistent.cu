@@ -76,7 +76,7 @@ __device__ bool wait_for(const unsigned* count, unsigned target, long long patie
     return true;
 }
 
-enum Fault { NONE, WITHOUT_WAIT, WITHOUT_BARRIER, ONE_SLOT, ONE_BLOCK_LESS };
+enum Fault { NONE, WITHOUT_WAIT, WITHOUT_BARRIER, WITHOUT_RELEASE, ONE_SLOT, ONE_BLOCK_LESS };
 
 // In each round every thread adds up what all blocks' threads of its number hold, modulo 4096, and adds its
 // place. x (2, blocks, threads) has a slot for even and one for odd rounds: who may write a slot again has
@@ -97,7 +97,7 @@ __device__ void add_up(float* x, unsigned* count, unsigned* error, long long pat
         for (unsigned block = 0; block < gridDim.y; ++block) sum += from[block * blockDim.x + threadIdx.x];
         to[here] = sum - floor(sum / 4096) * 4096 + here;
         if (FAULT != WITHOUT_BARRIER) __syncthreads();
-        if (threadIdx.x == 0) add_release(count, 1);
+        if (threadIdx.x == 0) FAULT == WITHOUT_RELEASE ? atomicAdd(count, 1u) : add_release(count, 1);
     }
 }
 extern "C" __global__ void added_up(
@@ -111,6 +111,10 @@ extern "C" __global__ void added_up_without_wait(
 extern "C" __global__ void added_up_without_barrier(
     float* x, unsigned* count, unsigned* error, long long patience, long long rounds) {
     add_up<WITHOUT_BARRIER>(x, count, error, patience, rounds);
+}
+extern "C" __global__ void added_up_without_release(
+    float* x, unsigned* count, unsigned* error, long long patience, long long rounds) {
+    add_up<WITHOUT_RELEASE>(x, count, error, patience, rounds);
 }
 extern "C" __global__ void added_up_in_one_slot(
     float* x, unsigned* count, unsigned* error, long long patience, long long rounds) {

@@ -184,6 +184,68 @@ def test_a_product_needs_all_lanes_in_one_place(launch, rng):
         tensor("product_of_half_a_warp", (1,), (16,), (a, b, d))
 
 
+# --------------------------------------------------------------------------------------------- races
+
+
+@pytest.fixture(scope="session")
+def racing(tmp_path_factory):
+    """A device whose kernels report races."""
+    require_compiler()
+    device = HostDevice(tmp_path_factory.mktemp("racing"))
+    device.check_races = True
+    return device
+
+
+@pytest.mark.parametrize("order", SCHEDULES)
+@pytest.mark.parametrize(("name", "fault"), [
+    ("reversed", "reversed_without_barrier"), ("rotated", "rotated_without_second_barrier")
+])  # fmt: skip
+def test_a_race_is_found_in_any_order(racing, rng, name, fault, order):
+    """A missing barrier shows in the first launch, whoever came first in it."""
+    racing.order = order
+    x, y = drawn(rng, 64), fenced(64, np.float64)
+    args = (x, y) if name == "reversed" else (x, y, 3)
+    function(racing, name)((1,), (64,), args, shared_mem=64 * 8)
+    with pytest.raises(AssertionError, match="a race"):
+        function(racing, fault)((1,), (64,), args, shared_mem=64 * 8)
+
+
+@pytest.mark.parametrize("order", SCHEDULES)
+def test_a_race_between_blocks_is_found_in_any_order(racing, order):
+    """Also where a plain store takes the place of a release, which the order of threads never shows."""
+    racing.order = order
+
+    def run(name):
+        x, count, error = fenced((2, 3, 40), np.float32), *(np.zeros(1, np.uint32) for _ in range(2))
+        x[...] = 1
+        call = function(racing, name, "planted_persistent", "float16", cooperative=True)
+        call((1, 3), (40,), (x, count, error, 1 << 20, 3), shared_mem=4)
+
+    run("added_up")
+    for fault in ("without_wait", "without_barrier", "in_one_slot", "without_release"):
+        with pytest.raises(AssertionError, match="a race"):
+            run(f"added_up_{fault}")
+
+
+@pytest.mark.parametrize("order", SCHEDULES)
+def test_a_race_of_a_copy_is_found_in_any_order(racing, rng, order):
+    racing.order = order
+    x = fenced(64, np.float32)
+    x[...] = rng.standard_normal(64)
+
+    def run(name):
+        call = function(racing, name, "planted_persistent", "float16")
+        call((1,), (16,), (x, fenced(128, np.float32), 24), shared_mem=512)
+
+    run("copied")
+    for fault in ("without_wait", "without_barrier"):
+        with pytest.raises(AssertionError, match="a race"):
+            run(f"copied_{fault}")
+
+
+# ------------------------------------------------------------------------------------------- waiting
+
+
 BLOCKS, THREADS, ROUNDS = 5, 40, 6
 
 
@@ -286,6 +348,14 @@ def test_shared_memory_must_have_been_asked_for(launch, rng):
         call(shared=100_001, most_shared=100_000)
     with pytest.raises(AssertionError, match="a block has"):
         call(shared=0, most_shared=228 << 10)
+
+
+def test_a_grid_wider_than_a_device_takes(launch):
+    x = fenced(8, np.float64)
+    launch("writes_beyond", (65536,), (1,), (x, 1))
+    launch("writes_beyond", (1, 65535), (1,), (x, 1))
+    with pytest.raises(AssertionError, match="wider than a device takes"):
+        launch("writes_beyond", (1, 65536), (1,), (x, 1))
 
 
 def test_more_blocks_than_fit_at_the_same_time(launch, planted, monkeypatch):

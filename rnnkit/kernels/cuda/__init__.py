@@ -26,14 +26,16 @@ from . import _loader, _persistent
 from ._around import embedding_backward, matmul
 from ._gru import gru_backward, gru_forward
 from ._lstm import lstm_backward, lstm_forward
-from ._plan import Plan
+from ._plan import Plan, Scan
+from ._plan import step_times as _step_times
 from ._rnn import rnn_backward, rnn_forward
 from ._source import FOLDER
 from ._training import adam, clip, softmax_cross_entropy
 
 __all__ = [
     "adam", "clip", "embedding_backward", "gru_backward", "gru_forward", "lstm_backward", "lstm_forward",
-    "matmul", "rnn_backward", "rnn_forward", "softmax_cross_entropy", "whole_sequence", "why_not",
+    "matmul", "rnn_backward", "rnn_forward", "softmax_cross_entropy", "step_times", "whole_sequence",
+    "why_not",
 ]  # fmt: skip
 
 # Of which `note` says the largest that fits.
@@ -56,6 +58,15 @@ def whole_sequence(name: str, case: Case, B: int) -> Plan | str:
     if case.proj_size:
         return "not with a projection"
     return _persistent.layout_of(case.cell, name.endswith("_backward"), case.dtype, B, case.hidden_size)
+
+
+def step_times(name: str, case: Case, B: int) -> dict[str, float]:
+    """Return estimated seconds of the parts of a step of such a scan; none where it is not one launch."""
+    layout, tf32 = whole_sequence(name, case, B), _loader.precision("float32") == "TF32"
+    if isinstance(layout, str):
+        return {}
+    scan = Scan(case.cell, name.endswith("_backward"), case.dtype, tf32, B, case.hidden_size)
+    return _step_times(layout, scan, _loader.limits())
 
 
 def note(name: str, case: Case) -> str | None:

@@ -2,8 +2,8 @@
 // Blocks that wait must all be there at the same time, as a cooperative launch guarantees.
 //
 // One block writes its share, synchronises its threads, and one of them tells so by store_release or
-// add_release; another block has one thread look with load_acquire until it sees that, and pause in between; it
-// synchronises its threads, and all of them may read what was written.
+// add_release; another block has one thread look with load_acquire until it sees that, and pause in between;
+// it synchronises its threads, and all of them may read what was written.
 
 #ifndef RNNKIT_HOST
 
@@ -35,8 +35,8 @@ __device__ __forceinline__ void store_system(unsigned* p, unsigned x) {
     asm volatile("st.relaxed.sys.u32 [%0], %1;" : : "l"(p), "r"(x) : "memory");
 }
 
-// Between two looks at what another block will write. How many nanoseconds are worth asking for is a matter of
-// measurement.
+// Between two looks at what another block will write. How many nanoseconds are worth asking for is a matter
+// of measurement.
 __device__ __forceinline__ void pause() { asm volatile("nanosleep.u32 20;"); }
 
 // Brings 16 bytes to shared memory, past the registers and the first-level cache, or zeros where they are not
@@ -52,7 +52,8 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 // Makes a group of what this thread copies since the last group.
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
 
-// Waits until all groups of this thread but the LATER last ones have arrived; others see them behind a barrier.
+// Waits until all groups of this thread but the LATER last ones have arrived; others see them behind a
+// barrier.
 template <int LATER>
 __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" : : "n"(LATER) : "memory");
