@@ -54,12 +54,13 @@ def take(monkeypatch, persistent, plans):
     return take
 
 
-def by_hand(plans, scan, units, n_tiles=1, warps_m=1, warps_k=1, chunks=1):
+def by_hand(plans, scan, units, n_tiles=1, warps_m=1, warps_k=1, chunks=1, in_shared=0):
     windows = -(-scan.operands * scan.operand_bytes // 64)
     tiles = -(-units * (1 if scan.backward else scan.gates) // 16)
     return plans.Plan(
         product=scan.product, units=units, n_tiles=n_tiles, tiles_m=-(-tiles // warps_m), warps_m=warps_m,
-        warps_k=warps_k, windows=-(-windows // (warps_k * chunks)), chunks=chunks, grid=units < scan.H,
+        warps_k=warps_k, windows=-(-windows // (warps_k * chunks)), chunks=chunks, in_shared=in_shared,
+        grid=units < scan.H,
     )  # fmt: skip
 
 
@@ -87,17 +88,20 @@ SEVERAL = {"units": 8, "warps_m": 1, "warps_k": 2}
 LAYOUTS = {
     "alone": (ALONE, ALONE | {"warps_k": 2}),
     "several": (SEVERAL, SEVERAL),
-    "chunks": (SEVERAL | {"n_tiles": 2}, {"units": 16, "n_tiles": 2, "chunks": 3}),
+    "chunks": (SEVERAL | {"n_tiles": 2}, {"units": 16, "n_tiles": 2, "warps_k": 2, "chunks": 3}),
+    "in_shared": ({"units": 8, "in_shared": 1}, {"units": 16, "chunks": 2, "in_shared": 1}),
 }
 # Variant of a cell, dtype, TF32, H, layout.
 CASES = [
     ("lstm", "bfloat16", False, 24, "alone"),
     ("lstm", "bfloat16", False, 24, "several"),
     ("lstm", "bfloat16", False, 40, "chunks"),
+    ("lstm", "bfloat16", False, 40, "in_shared"),
     ("lstm", "bfloat16", False, 23, "several"),
     ("lstm", "float16", False, 24, "several"),
     ("lstm", "float32", True, 24, "several"),
     ("lstm", "float32", False, 24, "alone"),
+    ("lstm", "float32", False, 39, "in_shared"),
     ("lstm", "float32", False, 23, "chunks"),
     ("gru", "bfloat16", False, 24, "several"),
     ("gru-bias", "float32", False, 23, "alone"),
@@ -319,11 +323,11 @@ def test_plans_for_what_matters_most(plans):
     for cell, backward in itertools.product(plans.GATES, (False, True)):
         for dtype, tf32, B, H in [
             ("bfloat16", False, 16, 768), ("bfloat16", False, 64, 1024), ("float32", True, 64, 512),
-            ("bfloat16", False, 64, 192), ("bfloat16", False, 256, 512),
+            ("bfloat16", False, 256, 512), ("bfloat16", False, 16, 2048),
         ]:  # fmt: skip
             scan = plans.Scan(cell, backward, dtype, tf32, B, H)
             assert isinstance(plans.plan(scan, plans.Limits(*H200)), plans.Plan), scan
-        alone = plans.plan(plans.Scan(cell, backward, "bfloat16", False, 64, 128), plans.Limits(*H200))
+        alone = plans.plan(plans.Scan(cell, backward, "bfloat16", False, 64, 192), plans.Limits(*H200))
         assert not alone.grid
 
 

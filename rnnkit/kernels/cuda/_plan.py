@@ -98,6 +98,7 @@ class Plan(NamedTuple):
     warps_k: int
     windows: int
     chunks: int
+    in_shared: int
     grid: bool
 
     @property
@@ -125,7 +126,12 @@ class Plan(NamedTuple):
         """Return a block's shared memory in bytes, which persistent.cuh divides up."""
         operand = self.sequences * self.pitch * min(2, self.chunks)
         sums = 4 * self.warps_k * self.sequences * (self.rows + 4)
-        return operand + sums + 8 * self.sequences
+        return operand + self.weights_in_shared + sums + 8 * self.sequences
+
+    @property
+    def weights_in_shared(self) -> int:
+        """Return the bytes of weights that did not fit in the registers of a block."""
+        return 32 * self.threads * self.tiles_m * self.in_shared * self.chunks
 
     def blocks(self, H: int) -> int:
         """Return the blocks of a group."""
@@ -137,7 +143,7 @@ class Plan(NamedTuple):
 
     def registers(self, gates: int) -> int:
         """Return an estimate of a thread's registers; test_compile.py sees to it that none is spilled."""
-        weights = 8 * self.tiles_m * self.windows * self.chunks
+        weights = 8 * self.tiles_m * (self.windows - self.in_shared) * self.chunks
         sums = self.tiles_m * self.n_tiles * (16 if self.product == "fma" else 4)
         items = -(-self.units * self.sequences // self.threads) * (gates + 3)
         return weights + sums + items + _OTHER_REGISTERS
@@ -147,7 +153,8 @@ class Plan(NamedTuple):
         return (
             ("PRODUCT", PRODUCTS.index(self.product)), ("UNITS", self.units), ("N_TILES", self.n_tiles),
             ("TILES_M", self.tiles_m), ("WARPS_M", self.warps_m), ("WARPS_K", self.warps_k),
-            ("WINDOWS", self.windows), ("CHUNKS", self.chunks), ("GRID", int(self.grid)),
+            ("WINDOWS", self.windows), ("CHUNKS", self.chunks), ("IN_SHARED", self.in_shared),
+            ("GRID", int(self.grid)),
         )  # fmt: skip
 
 
@@ -156,10 +163,11 @@ class Plan(NamedTuple):
 # For addresses, the pieces of what is multiplied and the loops: seen in test_compile.py.
 _OTHER_REGISTERS = 72
 _MOST_REGISTERS = 255  # of a thread: the architecture's
+_MOST_BLOCKS = 65535  # along the axis y of a grid, which the kernels use
 _WARPS = 8  # a quarter of the registers of a multiprocessor each, at 255 a thread: all of them
-_UNITS = (4, 8, 16, 32, 64, 128)
+_UNITS = (4, 8, 16, 32, 48, 64, 96, 128, 160, 192)
 _N_TILES = (1, 2, 4, 8)
-_CHUNKS = (1, 2, 4, 8, 16)
+_CHUNKS = (1, 2, 4, 8)
 
 
 def plan(scan: Scan, limits: Limits) -> Plan | str:
@@ -170,13 +178,15 @@ def plan(scan: Scan, limits: Limits) -> Plan | str:
         return "needs compute capability 8.0"
     if not scan.B:
         return "no sequences"
-    fitting = [layout for layout in _layouts(scan) if _fits(layout, scan, limits)]
+    if scan.B * scan.gates * scan.H >= 1 << 31:
+        return "a step has more numbers than the kernels count"
+    fitting = [layout for layout in _layouts(scan, limits) if _fits(layout, scan, limits)]
     if not fitting:
-        return f"the weights of {scan.H} hidden units do not fit in the registers of this GPU"
+        return f"the weights of {scan.H} hidden units do not fit in the registers and shared memory"
     return min(fitting, key=lambda layout: (sum(step_times(layout, scan, limits).values()), layout))
 
 
-def _layouts(scan: Scan) -> list[Plan]:
+def _layouts(scan: Scan, limits: Limits) -> list[Plan]:
     """Return all layouts that are worth a thought, whether they fit or not."""
     needed = -(-scan.operands * scan.operand_bytes // 64)
     found = set()
@@ -191,17 +201,26 @@ def _layouts(scan: Scan) -> list[Plan]:
         if chunks > 1 and (not grid or warps_k * windows * (chunks - 1) >= needed):
             continue
         tiles_m = -(-tiles // warps_m)
-        found.add(Plan(scan.product, units, n_tiles, tiles_m, warps_m, warps_k, windows, chunks, grid))
+        layout = Plan(scan.product, units, n_tiles, tiles_m, warps_m, warps_k, windows, chunks, 0, grid)
+        excess = layout.registers(scan.gates) - _most_registers(layout, limits)
+        in_shared = max(0, -(-excess // (8 * tiles_m * chunks)))
+        if in_shared < windows:
+            found.add(layout._replace(in_shared=in_shared))
     return sorted(found)
 
 
+def _most_registers(layout: Plan, limits: Limits) -> int:
+    """Return how many registers a thread may have."""
+    return min(_MOST_REGISTERS, limits.registers_per_multiprocessor // layout.threads)
+
+
 def _fits(layout: Plan, scan: Scan, limits: Limits) -> bool:
-    most = min(_MOST_REGISTERS, limits.registers_per_multiprocessor // layout.threads)
     together = layout.blocks(scan.H) * layout.groups(scan.B) if layout.grid else 0
     return (
-        layout.registers(scan.gates) <= most
+        layout.registers(scan.gates) <= _most_registers(layout, limits)
         and layout.shared <= limits.shared_per_block
         and together <= limits.multiprocessors
+        and layout.groups(scan.B) <= _MOST_BLOCKS
     )
 
 
@@ -232,7 +251,7 @@ def step_times(layout: Plan, scan: Scan, limits: Limits) -> dict[str, float]:
     blocks, groups, N = layout.blocks(scan.H), layout.groups(scan.B), layout.sequences
     at_once = min(blocks * groups, max(1, limits.multiprocessors))
     operand = N * scan.operands * scan.operand_bytes
-    reads = layout.warps_m * operand / _SHARED
+    reads = (layout.warps_m * operand + layout.weights_in_shared) / _SHARED
     multiply = layout.rows * N * scan.operands / _RATE[layout.product]
     sums = 2 * 4 * layout.warps_k * N * layout.rows / _SHARED
     items = -(-layout.units * N // layout.threads)

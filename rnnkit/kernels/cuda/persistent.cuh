@@ -31,6 +31,7 @@
 //   WARPS_M, TILES_M          warps along the rows of W, and tiles of 16 rows for each of them
 //   WARPS_K, WINDOWS, CHUNKS  warps along K; each has WINDOWS times 64 bytes of a row in each of CHUNKS chunks,
 //             which are copied one after the other, so that shared memory need not hold the whole operand
+//   IN_SHARED  of the WINDOWS, for how many the weights are kept in shared memory for want of registers
 //   GRID      1: there may be several blocks to a group, all of which must be resident; 0: one block, which
 //             keeps the operand in shared memory
 //   ALIGNED   1: rows of the operand begin on multiples of 16 bytes
@@ -61,9 +62,11 @@ constexpr int PIECES = 4 * WARPS_K * WINDOWS;  // of a row, in a chunk
 constexpr int PITCH = 64 * (WARPS_K * WINDOWS | 1);
 constexpr int BUFFER = SEQUENCES * PITCH;
 constexpr int BUFFERS = CHUNKS > 1 ? 2 : 1;
+constexpr int SHARED_WEIGHTS = CHUNKS * IN_SHARED * TILES_M * 2 * THREADS;  // by 16 bytes
 // Likewise: the lanes of a warp store sums of 8 rows and 4 pairs of sequences to 32 different banks.
 constexpr int SUMS_PITCH = ROWS + 4;
 
+static_assert(IN_SHARED < WINDOWS, "some of the weights are in registers");
 static_assert(GRID || CHUNKS == 1, "a block alone keeps the whole operand");
 
 // A block looks so many times before it gives up: some seconds, where a step takes microseconds. It looks whether

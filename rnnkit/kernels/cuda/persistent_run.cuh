@@ -15,7 +15,7 @@ __device__ __forceinline__ void copy_and_multiply(
             copy_wait<0>();
         }
         __syncthreads();
-        sums.add(weights.a[chunk], buffers + chunk % BUFFERS * BUFFER);
+        add_product(weights, chunk, buffers + chunk % BUFFERS * BUFFER, sums);
         if (chunk + 2 < CHUNKS) __syncthreads();  // all have read the buffer that the next copy goes to
     }
 }
@@ -23,7 +23,8 @@ __device__ __forceinline__ void copy_and_multiply(
 template <class Cell>
 __device__ __forceinline__ void run(Cell& cell, const Scan& scan) {
     SHARED(unsigned char, buffers);
-    float* const shared_sums = reinterpret_cast<float*>(buffers + BUFFERS * BUFFER);
+    Four* const shared_weights = reinterpret_cast<Four*>(buffers + BUFFERS * BUFFER);
+    float* const shared_sums = reinterpret_cast<float*>(shared_weights + SHARED_WEIGHTS);
     Sequence* const sequences = reinterpret_cast<Sequence*>(shared_sums + WARPS_K * SEQUENCES * SUMS_PITCH);
     choose_sequences(scan, sequences);
     __syncthreads();
@@ -37,7 +38,8 @@ __device__ __forceinline__ void run(Cell& cell, const Scan& scan) {
         __syncthreads();
     }
     Weights weights;
-    load_weights(cell, weights);
+    weights.shared = shared_weights;
+    weights.load(cell);
 #pragma unroll
     for (int e = 0; e < ITEMS; ++e) {
         const Item item = item_of(e, scan, sequences);
@@ -59,7 +61,7 @@ __device__ __forceinline__ void run(Cell& cell, const Scan& scan) {
             if (count > 0 && !all_have_done(scan, count)) return;
             copy_and_multiply(cell, step, buffers, sequences, weights, sums);
         } else {
-            sums.add(weights.a[0], buffers);
+            add_product(weights, 0, buffers, sums);
         }
         store_sums(sums, shared_sums);
         __syncthreads();
