@@ -433,7 +433,7 @@ void copy_async(void* shared, const void* global, int line) {
     const auto& memory = current_block->shared;
     if (to < memory.data() || to + 16 > memory.data() + memory.size() - FENCE)
         fail("a copy to outside of the shared memory", line);
-    if ((std::size_t(shared) | std::size_t(global)) % 16) fail("a misaligned copy", line);
+    if (std::size_t(shared) % 16) fail("a misaligned copy", line);
     announce(shared, 16, true);
     if (global != nullptr) announce(global, 16, false);
     std::memset(shared, 0xff, 16);

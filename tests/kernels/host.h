@@ -179,6 +179,7 @@ ATOMIC void store_system(unsigned* p, unsigned value) { *p = value; }
 inline void pause(int line = __builtin_LINE()) { host::yield(line); }
 inline void copy_async(void* shared, const void* global, bool there, int line = __builtin_LINE()) {
     if (global == nullptr) host::fail("a copy from nowhere", line);
+    if (std::size_t(global) % 16) host::fail("a misaligned copy", line);  // also of nothing
     host::copy_async(shared, there ? global : nullptr, line);
 }
 inline void copy_commit() { host::copy_commit(); }

@@ -167,3 +167,10 @@ extern "C" __global__ void copied_and_left(const float* from) {
     SHARED(float, shared);
     copy_async(shared, from, true);
 }
+extern "C" __global__ void zeros_copied(const float* from, float* to) {
+    SHARED(float, shared);
+    copy_async(shared, from, false);
+    copy_commit();
+    copy_wait<0>();
+    *to = *shared;
+}

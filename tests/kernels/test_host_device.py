@@ -324,6 +324,14 @@ def test_copies_arrive_when_they_are_waited_for(launch, rng):
         launch("copied_and_left", (1,), (1,), (x,), shared=8, file="planted_persistent", dtype="float16")
     with pytest.raises(AssertionError, match="a misaligned copy"):
         launch("copied_and_left", (1,), (1,), (x[1:],), shared=16, file="planted_persistent", dtype="float16")
+    y = fenced(1, np.float32)
+    launch(
+        "zeros_copied", (1,), (1,), (x, y), shared=16, file="planted_persistent",
+        dtype="float16",
+    )  # fmt: skip
+    assert y[0] == 0
+    with pytest.raises(AssertionError, match="a misaligned copy"):  # though nothing is read from there
+        launch("zeros_copied", (1,), (1,), (x[1:], y), shared=16, file="planted_persistent", dtype="float16")
 
 
 def test_a_misaligned_access_is_reported(launch, rng):
