@@ -137,6 +137,27 @@ def agrees(case, module, dtype, tolerance):
     return None
 
 
+@pytest.mark.parametrize("layout", ["alone", "several"])
+def test_arrays_at_odd_addresses(cuda, take, layout):
+    """A user's arrays and the parameters, views of one buffer, begin anywhere; the results are the same."""
+
+    def odd(array):
+        memory = fenced((array.size + 1,), array.dtype)
+        memory[1:] = array.reshape(-1)
+        return memory[1:].reshape(array.shape)
+
+    take(*LAYOUTS[layout])
+    even = problem("lstm", "bfloat16", 3, 11, 24, ragged="unsorted", seed=4)
+    case = even._replace(
+        weight_hh=odd(even.weight_hh), d_output=odd(even.d_output),
+        states=[odd(state) for state in even.states], d_states=[odd(state) for state in even.d_states],
+    )  # fmt: skip
+    for ours, theirs in zip(
+        itertools.chain(*case.both(cuda)), itertools.chain(*even.both(cuda)), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_tf32_is_what_was_asked_for(cuda, take):
     """The products are rounded with TF32, and not without."""
     case = problem("lstm", "float32", 2, 3, 24, seed=1)
