@@ -28,12 +28,16 @@ TABLE = Path(__file__).with_name("resources.csv")
 # What a plan is made for, an A100, an H200 and a B200: multiprocessors, and KB of shared memory of a block.
 DEVICES = {"sm_80": (108, 163), "sm_90": (132, 227), "sm_100": (148, 227)}
 # (cell, dtype, tf32, B, H) there and back: every cell and every product, and for LSTMs in bfloat16 one block
-# a group, several groups, as many registers as there are, rows that begin at odd places.
+# a group, several groups, as many registers as there are, weights in shared memory as well, rows that begin
+# at odd places.
 WHOLE = [
     *[(cell, "bfloat16", False, 16, 256) for cell in ("rnn", "gru", "lstm")],
     *[("lstm", dtype, tf32, 16, 256) for dtype, tf32 in (("float16", False), ("float32", True))],
     ("lstm", "float32", False, 16, 256),
-    *[("lstm", "bfloat16", False, B, H) for B, H in ((1, 64), (64, 128), (64, 1024), (64, 512), (5, 250))],
+    *[
+        ("lstm", "bfloat16", False, B, H)
+        for B, H in ((1, 64), (64, 128), (64, 192), (64, 512), (64, 1024), (5, 250))
+    ],
 ]
 WHOLE_TABLE = Path(__file__).with_name("whole_sequences.csv")
 REPORT = re.compile(

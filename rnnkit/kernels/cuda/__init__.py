@@ -1,6 +1,7 @@
-"""Kernels for CuPy arrays: a matrix product and one fused kernel a time step.
+"""Kernels for CuPy arrays: a matrix product and one fused kernel a time step, or a scan in one launch.
 
-Nothing here has been measured on a GPU yet. What shapes the code:
+Nothing here has been measured on a GPU yet. What shapes the code of the steps (of whole scans, which are off
+unless asked for, persistent.cuh says it):
 
 - A launch takes the host some microseconds, in which the device could do many a step. So there are few: 2 a
   step, 4 with a projection, and a few around the loop. Nothing is sliced or allocated in a loop; a kernel

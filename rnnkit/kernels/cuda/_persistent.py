@@ -38,7 +38,8 @@ def layout_of(cell: str, backward: bool, dtype: str, B: int, H: int) -> Plan | s
     """Return the layout on the current device, or why there is none."""
     limits: Limits = _loader.limits()
     tf32 = _loader.precision("float32") == "TF32"
-    return _plan(Scan(cell, backward, dtype, tf32, B, H), limits)
+    # Groups are multiples of 8 sequences, and each layout is a variant that is compiled at its first use.
+    return _plan(Scan(cell, backward, dtype, tf32, -(-B // 8) * 8, H), limits)
 
 
 def there(

@@ -1,27 +1,32 @@
-// A scan whose whole time loop is one launch: what the persistent_*.cu files share. Include common.cuh, sync.cuh
-// and tensor.cuh first. Here are the plan, who does what, and how blocks wait; persistent_product.cuh multiplies,
-// persistent_run.cuh has the loop. Nothing of this has run on a device.
+// A scan whose whole time loop is one launch: what the persistent_*.cu files share. Include common.cuh,
+// sync.cuh and tensor.cuh first. Here are the plan, who does what, and how blocks wait;
+// persistent_product.cuh multiplies, persistent_run.cuh has the loop. Nothing of this has run on a device.
 //
-// A group of SEQUENCES sequences is served by the blocks of a row of the grid, which wait for each other at every
-// step, or by one block alone; groups know nothing of each other. A block owns UNITS hidden units. At each step
+// A group of SEQUENCES sequences is served by the blocks of a row of the grid, which wait for each other at
+// every step, or by one block alone; groups know nothing of each other. A block owns UNITS hidden units. At
+// each step
 //   1. its threads fetch what does not depend on the others: the gates of this step;
 //   2. it waits until all blocks of the group have told that their last step is done, and copies what they
 //      exchanged (forward h, backward the gradients of the gates: `operand`) to shared memory;
-//   3. its warps multiply that by the block's rows of weights, which stay in registers for the whole sequence;
-//   4. each pair of unit and sequence, an item, adds up what the warps have, and does the cell's arithmetic, in
-//      float32; its state (h, c, gradients) stays in the registers of one thread;
+//   3. its warps multiply that by the block's rows of weights, which stay where they are for all steps;
+//   4. for each pair of unit and sequence, an item, a thread adds up what the warps have, and does the cell's
+//      arithmetic, in float32; the item's state (h, c, gradients) stays in its registers;
 //   5. the block tells that its step is done, and only then stores what nobody waits for.
-// What is multiplied is W (ROWS, K) times operand^T (K, SEQUENCES): the gates take the longer side of the tensor
-// cores' tiles, so that a group may have as few as 8 sequences.
+// Why so: the weights are read once, for the registers of a multiprocessor (256 KB, which 8 warps can use up)
+// hold a block's share, and where they do not, shared memory takes the rest; a step then moves only what
+// blocks exchange. What is multiplied is W (ROWS, K) times operand^T (K, SEQUENCES): the gates take the
+// longer side of the tensor cores' tiles, so that a group may have as few as 8 sequences, and many groups few
+// blocks each to wait for. What must come from memory is asked for before the wait, and what goes there for
+// the way back leaves after it.
 //
-// A cell (persistent_lstm_forward.cu and others) is a struct with the state of its items and these members, most
-// of them from persistent_there.cuh or persistent_back.cuh:
+// A cell (persistent_lstm_forward.cu and others) is a struct with the state of its items and these members,
+// most of them from persistent_there.cuh or persistent_back.cuh:
 //   BACKWARD                              whether the scan is a way back, in the other order of time
 //   begin(e, item), end(e, item)          load and store the state of item e
 //   fetch(e, item, t), save(e, item, t)   as above; for a live step only
 //   advance(e, item, step, totals)        the arithmetic; also where the step is not live
 //   pad(item, t)                          what is stored for a step that a sequence does not have
-//   K(), weight_row(row)                  how many numbers are multiplied; where a row of the block's W begins
+//   K(), weight_row(row)                  how many numbers are multiplied; where a row of the block's W is
 //   initial(sequence), operand(sequence, step)   the row to be multiplied: before all steps, at a step
 //
 // A variant is given by these macros, which _plan.py chooses, beside those of common.cuh:
@@ -29,8 +34,8 @@
 //   UNITS     hidden units of a block
 //   N_TILES   sequences of a group, in tiles of 8
 //   WARPS_M, TILES_M          warps along the rows of W, and tiles of 16 rows for each of them
-//   WARPS_K, WINDOWS, CHUNKS  warps along K; each has WINDOWS times 64 bytes of a row in each of CHUNKS chunks,
-//             which are copied one after the other, so that shared memory need not hold the whole operand
+//   WARPS_K, WINDOWS, CHUNKS  warps along K; each has WINDOWS times 64 bytes of a row in each of CHUNKS
+//             chunks, which are copied one after the other, so that shared memory need not hold all of it
 //   IN_SHARED  of the WINDOWS, for how many the weights are kept in shared memory for want of registers
 //   GRID      1: there may be several blocks to a group, all of which must be resident; 0: one block, which
 //             keeps the operand in shared memory
@@ -52,13 +57,14 @@ struct OperandOf<HALVES> {
 };
 using Operand = OperandOf<PRODUCT>::Type;
 
-// K is cut into windows of 64 bytes. In a window, the four lanes that share rows of a tile take 16 bytes each, a
-// piece: one load for two mma. So K is not in the order that PTX's fragments suggest, but in the same order on
-// both sides, and nothing else matters.
+// K is cut into windows of 64 bytes. In a window, the four lanes that share rows of a tile take 16 bytes
+// each, a piece: one load for two mma. So K is not in the order that PTX's fragments suggest, but in the same
+// order on both sides, and nothing else matters.
 constexpr int PIECE = 16 / sizeof(Operand);
 constexpr int WINDOW = 4 * PIECE;
 constexpr int PIECES = 4 * WARPS_K * WINDOWS;  // of a row, in a chunk
-// An odd number of windows: 8 lanes that load pieces of two neighbouring sequences then find 32 different banks.
+// An odd number of windows: 8 lanes that load pieces of two neighbouring sequences then find 32 different
+// banks.
 constexpr int PITCH = 64 * (WARPS_K * WINDOWS | 1);
 constexpr int BUFFER = SEQUENCES * PITCH;
 constexpr int BUFFERS = CHUNKS > 1 ? 2 : 1;
@@ -69,8 +75,8 @@ constexpr int SUMS_PITCH = ROWS + 4;
 static_assert(IN_SHARED < WINDOWS, "some of the weights are in registers");
 static_assert(GRID || CHUNKS == 1, "a block alone keeps the whole operand");
 
-// A block looks so many times before it gives up: some seconds, where a step takes microseconds. It looks whether
-// another one gave up once in PATIENCE times.
+// A block looks so many times before it gives up: some seconds, where a step takes microseconds. It looks
+// whether another one gave up once in PATIENCE times.
 #ifndef MOST_SPINS
 #define MOST_SPINS (1u << 23)
 #endif
@@ -86,7 +92,7 @@ struct Scan {
     unsigned* flags;           // whether a block gave up; then for each block, how many steps it has done
     unsigned* error;           // in the host's memory
     int pitch;                 // of the rows of weights: a multiple of 16 bytes, filled up with zeros
-    int T, B, H;               // a step, (B, G*H), has fewer than 2^31 elements; a sequence of them may have more
+    int T, B, H;               // a step (B, G*H) has fewer than 2^31 elements, all of them may have more
     bool reverse;
 
     __device__ int blocks() const { return (H + UNITS - 1) / UNITS; }  // of a group
@@ -115,6 +121,7 @@ struct Item {
 struct Step {
     int count;      // of the group
     int t, before;  // this time step, and the one before in the order of the scan
+    bool exists;    // or is it the product after the last one
 };
 
 // Makes the compiler forget what it knows of x: what follows from x is then computed where it is needed, and
@@ -141,8 +148,8 @@ __device__ __forceinline__ int length_of(const Scan& scan, int b) {
     return int(length < 0 ? 0 : length > scan.T ? scan.T : length);
 }
 
-// Puts the sequences of this block's group in shared memory: the longest of all go to the first group and so on,
-// so that a group has little to do for sequences that are over.
+// Puts the sequences of this block's group in shared memory: the longest of all go to the first group and so
+// on, so that a group has little to do for sequences that are over.
 __device__ __forceinline__ void choose_sequences(const Scan& scan, Sequence* sequences) {
     const int first = scan.group() * SEQUENCES;
     const bool sorted = scan.lengths != nullptr && scan.B <= MOST_SORTED;
@@ -164,8 +171,8 @@ __device__ __forceinline__ void choose_sequences(const Scan& scan, Sequence* seq
 
 // ------------------------------------------------------------------------------------- blocks of a group
 
-// Waits until all blocks of the group have done `count` steps. False, for all threads, where one does not come in
-// time or another block gave up waiting: then the host will learn it from the error flag.
+// Waits until all blocks of the group have done `count` steps. False, for all threads, where one does not
+// come in time or another block gave up waiting: then the host will learn it from the error flag.
 __device__ __forceinline__ bool all_have_done(const Scan& scan, unsigned count) {
     const unsigned* const flags = scan.flags + 1 + scan.group() * scan.blocks();
     bool failed = false;

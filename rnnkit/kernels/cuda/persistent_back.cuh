@@ -17,7 +17,8 @@ struct Back {
         const int j = scan.first_unit() + row;
         return row < UNITS && j < scan.H ? weights + (long long)j * scan.pitch : nullptr;
     }
-    // Two slots are enough: who writes to one again has seen that all have written to the other, hence read this.
+    // Two slots are enough: who writes to one again has seen that all have written to the other, hence read
+    // this.
     __device__ __forceinline__ Operand* slot(int count) const { return exchange + scan.step(count % 2, K()); }
     __device__ __forceinline__ Row initial(const Sequence&) const {
         return {reinterpret_cast<const Operand*>(d_output), false};

@@ -21,8 +21,8 @@ struct Cell : Back<3> {
         h[e] = real(item.has(t_prev) ? output[scan.step(t_prev, scan.H) + item.at] : h_0[item.at]);
     }
     __device__ __forceinline__ void advance(int e, const Item& item, const Step& step, const Totals& totals) {
-        // d_h had the part that goes past the product; a sequence's first step on the way back has the gradient
-        // of its final state, which waited until now.
+        // d_h had the part that goes past the product; a sequence's first step on the way back has the
+        // gradient of its final state, which waited until now.
         if (item.has(step.before)) d_h[e] += totals(item.unit);
         if (!item.has(step.t)) return;
         const REAL r = a[e][0], z = a[e][1], n = a[e][2], d_h_t = d_h[e] + d_y[e];
@@ -48,8 +48,8 @@ struct Cell : Back<3> {
 };
 
 // Turns the activated gates (T, B, 3H) and recurrent_n (T, B, H) into their gradients and fills d_h_0 (B, H).
-// exchange (2, B, 3H) is for what the blocks of a group tell each other; null for GRID = 0. flags as on the way
-// there.
+// exchange (2, B, 3H) is for what the blocks of a group tell each other; null for GRID = 0. flags as on the
+// way there.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) gru_backward_persistent(
     const Operand* weights, Operand* exchange, REAL* gates, REAL* recurrent_n, const STORE* output,
     const STORE* h_0, const STORE* d_output, const STORE* d_h_n, STORE* d_h_0, const long long* lengths,

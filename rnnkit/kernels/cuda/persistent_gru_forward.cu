@@ -13,7 +13,9 @@ struct Cell : There<3> {
     const STORE* bias_hn;
     REAL a[ITEMS][3], w_n[ITEMS];
 
-    __device__ __forceinline__ void fetch(int e, const Item& item, int t) { load_gates(scan, gates, item, t, a[e]); }
+    __device__ __forceinline__ void fetch(int e, const Item& item, int t) {
+        load_gates(scan, gates, item, t, a[e]);
+    }
     __device__ __forceinline__ void advance(int e, const Item& item, const Step& step, const Totals& totals) {
         if (!item.has(step.t)) return;
         w_n[e] = totals(2 * UNITS + item.unit);
@@ -32,9 +34,10 @@ struct Cell : There<3> {
     }
 };
 
-// gates (T, B, 3H) holds the input's share; bias_hn (H) may be null. Fills output (T, B, H) and h_n (B, H). For the
-// way back the activated gates take the place of gates, and recurrent_n (T, B, H) gets W_n h + b_hn; recurrent_n is
-// null where there is none. flags is zero at first; it has one number more than there are blocks.
+// gates (T, B, 3H) holds the input's share; bias_hn (H) may be null. Fills output (T, B, H) and h_n (B, H).
+// For the way back the activated gates take the place of gates, and recurrent_n (T, B, H) gets W_n h + b_hn;
+// recurrent_n is null where there is none. flags is zero at first; it has one number more than there are
+// blocks.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) gru_forward_persistent(
     const STORE* weights, REAL* gates, const STORE* bias_hn, const STORE* h_0, STORE* output, STORE* h_n,
     REAL* recurrent_n, const long long* lengths, unsigned* flags, long long error, long long T, long long B,

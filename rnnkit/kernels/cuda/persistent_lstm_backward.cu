@@ -1,4 +1,5 @@
-// An LSTM's way back in one launch. Shapes in the letters of rnnkit._typing; persistent.cuh explains the rest.
+// An LSTM's way back in one launch. Shapes in the letters of rnnkit._typing; persistent.cuh explains the
+// rest.
 
 #include "common.cuh"
 #include "sync.cuh"
@@ -24,7 +25,8 @@ struct Cell : Back<4> {
         c[e] = c_prev[scan.step(t, scan.H) + item.at];
     }
     __device__ __forceinline__ void advance(int e, const Item& item, const Step& step, const Totals& totals) {
-        // A sequence's first step on the way back has the gradient of its final state, which waited until now.
+        // A sequence's first step on the way back has the gradient of its final state, which waited until
+        // now.
         if (item.has(step.before)) d_h[e] = totals(item.unit);
         if (!item.has(step.t)) return;
         const REAL i = a[e][0], f = a[e][1], g = a[e][2], o = a[e][3];
@@ -38,7 +40,9 @@ struct Cell : Back<4> {
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) tell(item, step, gate, a[e][gate]);
     }
-    __device__ __forceinline__ void save(int e, const Item& item, int t) { store_gates(scan, a[e], item, t, gates); }
+    __device__ __forceinline__ void save(int e, const Item& item, int t) {
+        store_gates(scan, a[e], item, t, gates);
+    }
     __device__ __forceinline__ void pad(const Item& item, int t) {
         const REAL zeros[4] = {};
         store_gates(scan, zeros, item, t, gates);
@@ -49,8 +53,8 @@ struct Cell : Back<4> {
     }
 };
 
-// Turns the activated gates (T, B, 4H) into their gradients and fills d_h_0 and d_c_0 (B, H). exchange (2, B, 4H)
-// is for what the blocks of a group tell each other; null for GRID = 0. flags as on the way there.
+// Turns the activated gates (T, B, 4H) into their gradients and fills d_h_0 and d_c_0 (B, H). exchange (2, B,
+// 4H) is for what the blocks of a group tell each other; null for GRID = 0. flags as on the way there.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) lstm_backward_persistent(
     const Operand* weights, Operand* exchange, REAL* gates, const REAL* c_prev, const STORE* d_output,
     const STORE* d_h_n, const REAL* d_c_n, STORE* d_h_0, REAL* d_c_0, const long long* lengths,

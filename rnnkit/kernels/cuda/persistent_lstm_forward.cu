@@ -42,8 +42,8 @@ struct Cell : There<4> {
 };
 
 // gates (T, B, 4H) holds the input's share. Fills output (T, B, H), h_n and c_n (B, H). For the way back the
-// activated gates take the place of gates, and c_prev (T, B, H) gets the c before each step; c_prev is null where
-// there is none. flags is zero at first; it has one number more than there are blocks.
+// activated gates take the place of gates, and c_prev (T, B, H) gets the c before each step; c_prev is null
+// where there is none. flags is zero at first; it has one number more than there are blocks.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) lstm_forward_persistent(
     const STORE* weights, REAL* gates, const STORE* h_0, const REAL* c_0, STORE* output, STORE* h_n,
     REAL* c_n, REAL* c_prev, const long long* lengths, unsigned* flags, long long error, long long T,

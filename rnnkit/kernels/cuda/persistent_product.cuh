@@ -4,15 +4,15 @@ __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
 __device__ __forceinline__ int warp_m() { return threadIdx.x / 32 % WARPS_M; }
 __device__ __forceinline__ int warp_k() { return threadIdx.x / 32 / WARPS_M; }
 
-// The K numbers of a sequence that are to be multiplied; zeros where they are not `there`, and `at` then points
-// anywhere into an array.
+// The K numbers of a sequence that are to be multiplied; zeros where they are not `there`, and `at` then
+// points anywhere into an array.
 struct Row {
     const Operand* at;
     bool there;
 };
 
-// Copies a chunk of each sequence's row to shared memory: a warp takes a row, a lane 16 bytes and every 32nd after
-// them.
+// Copies a chunk of each sequence's row to shared memory: a warp takes a row, a lane 16 bytes and every 32nd
+// after them.
 template <class RowOf>
 __device__ __forceinline__ void copy_rows(
     unsigned char* buffer, int chunk, const Sequence* sequences, int K, RowOf row_of) {
@@ -35,7 +35,8 @@ __device__ __forceinline__ void copy_rows(
     copy_commit();
 }
 
-// In a block that serves its group alone the cell puts its numbers where the product of the next step finds them.
+// In a block that serves its group alone the cell puts its numbers where the product of the next step finds
+// them.
 __device__ __forceinline__ void put_operand(unsigned char* buffer, int n, int k, Operand x) {
     reinterpret_cast<Operand*>(buffer + n * PITCH)[k] = x;
 }
@@ -68,8 +69,8 @@ __device__ __forceinline__ void load_fragments(const Cell& cell, int chunk, int 
         }
 }
 
-// What does not fit in the registers lies in shared memory, where nobody else reads it: 16 bytes of a thread beside
-// those of the next one.
+// What does not fit in the registers lies in shared memory, where nobody else reads it: 16 bytes of a thread
+// beside those of the next one.
 constexpr int IN_REGISTERS = WINDOWS - IN_SHARED;
 struct Weights {
     Fragments in_registers[CHUNKS][IN_REGISTERS];
@@ -85,24 +86,25 @@ struct Weights {
             for (int w = 0; w < IN_SHARED; ++w) {
                 Fragments fragments;
                 load_fragments(cell, chunk, IN_REGISTERS + w, fragments);
-                each_of_shared(chunk, w, fragments, [](unsigned& there, unsigned& here) { there = here; });
+#pragma unroll
+                for (int mma = 0; mma < 2 * TILES_M; ++mma) {
+                    const unsigned(&x)[4] = fragments[mma / 2][mma % 2];
+                    *place(chunk, w, mma) = {x[0], x[1], x[2], x[3]};
+                }
             }
         }
     }
-    // Those of a window beyond the ones in registers.
+    // Those of a window in shared memory.
     __device__ __forceinline__ void get(int chunk, int w, Fragments& fragments) const {
-        each_of_shared(chunk, w, fragments, [](unsigned& there, unsigned& here) { here = there; });
+#pragma unroll
+        for (int mma = 0; mma < 2 * TILES_M; ++mma) {
+            const Four four = *place(chunk, w, mma);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) fragments[mma / 2][mma % 2][i] = four.x[i];
+        }
     }
-    template <class Do>
-    __device__ __forceinline__ void each_of_shared(int chunk, int w, Fragments& fragments, Do act) const {
-        Four* const first = shared + (chunk * IN_SHARED + w) * TILES_M * 2 * THREADS + threadIdx.x;
-#pragma unroll
-        for (int m = 0; m < TILES_M; ++m)
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-#pragma unroll
-                for (int part = 0; part < 4; ++part)
-                    act(first[(m * 2 + i) * THREADS].x[part], fragments[m][i][part]);
+    __device__ __forceinline__ Four* place(int chunk, int w, int mma) const {
+        return shared + ((chunk * IN_SHARED + w) * 2 * TILES_M + mma) * THREADS + threadIdx.x;
     }
 };
 
@@ -120,7 +122,8 @@ __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], 
 
 #if PRODUCT != 2
 
-// What a thread has of W operand^T, as mma lays it out: rows lane / 4 and 8 below, two neighbouring sequences.
+// What a thread has of W operand^T, as mma lays it out: rows lane / 4 and 8 below, two neighbouring
+// sequences.
 struct Sums {
     float x[TILES_M][N_TILES][4];
 
@@ -148,7 +151,8 @@ struct Sums {
 
 #else
 
-// The same without tensor cores: each of the four lanes that share rows has its own part of K, for all sequences.
+// The same without tensor cores: each of the four lanes that share rows has its own part of K, for all
+// sequences.
 struct Sums {
     float x[TILES_M][N_TILES][2][8];  // two rows, eight sequences
 

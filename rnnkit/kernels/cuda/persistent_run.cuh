@@ -2,8 +2,8 @@
 
 template <class Cell>
 __device__ __forceinline__ void copy_and_multiply(
-    const Cell& cell, const Step& step, unsigned char* buffers, const Sequence* sequences, const Weights& weights,
-    Sums& sums) {
+    const Cell& cell, const Step& step, unsigned char* buffers, const Sequence* sequences,
+    const Weights& weights, Sums& sums) {
     const auto row_of = [&](const Sequence& sequence) { return cell.operand(sequence, step); };
     copy_rows(buffers, 0, sequences, cell.K(), row_of);
 #pragma unroll
@@ -20,11 +20,52 @@ __device__ __forceinline__ void copy_and_multiply(
     }
 }
 
+// Calls act(e, item) for each item that this thread has; unrolled, so that what a cell keeps for e is a
+// register.
+template <class Act>
+__device__ __forceinline__ void for_items(const Scan& scan, const Sequence* sequences, Act act) {
+#pragma unroll
+    for (int e = 0; e < ITEMS; ++e) {
+        const Item item = item_of(e, scan, sequences);
+        if (item.exists) act(e, item);
+    }
+}
+
+// Runs step `step`; false where a block did not come.
+template <class Cell>
+__device__ __forceinline__ bool run_step(
+    Cell& cell, const Scan& scan, const Step& step, unsigned char* buffers, float* shared_sums,
+    const Sequence* sequences, const Weights& weights) {
+    for_items(scan, sequences, [&](int e, const Item& item) {
+        if (item.has(step.t)) cell.fetch(e, item, step.t);
+    });
+    Sums sums = {};
+    if (GRID) {
+        if (step.count > 0 && !all_have_done(scan, step.count)) return false;
+        copy_and_multiply(cell, step, buffers, sequences, weights, sums);
+    } else {
+        add_product(weights, 0, buffers, sums);
+    }
+    store_sums(sums, shared_sums);
+    __syncthreads();
+    for_items(scan, sequences, [&](int e, const Item& item) {
+        cell.advance(e, item, step, Totals{shared_sums + item.n * SUMS_PITCH});
+    });
+    if (GRID) tell_done(scan, step.count + 1);
+    else __syncthreads();
+    for_items(scan, sequences, [&](int e, const Item& item) {
+        if (item.has(step.t)) cell.save(e, item, step.t);
+        else if (step.exists) cell.pad(item, step.t);
+    });
+    return true;
+}
+
 template <class Cell>
 __device__ __forceinline__ void run(Cell& cell, const Scan& scan) {
     SHARED(unsigned char, buffers);
-    Four* const shared_weights = reinterpret_cast<Four*>(buffers + BUFFERS * BUFFER);
-    float* const shared_sums = reinterpret_cast<float*>(shared_weights + SHARED_WEIGHTS);
+    Weights weights;
+    weights.shared = reinterpret_cast<Four*>(buffers + BUFFERS * BUFFER);
+    float* const shared_sums = reinterpret_cast<float*>(weights.shared + SHARED_WEIGHTS);
     Sequence* const sequences = reinterpret_cast<Sequence*>(shared_sums + WARPS_K * SEQUENCES * SUMS_PITCH);
     choose_sequences(scan, sequences);
     __syncthreads();
@@ -33,57 +74,23 @@ __device__ __forceinline__ void run(Cell& cell, const Scan& scan) {
 
     cell.buffer = buffers;
     if (!GRID) {
-        copy_rows(buffers, 0, sequences, cell.K(), [&](const Sequence& sequence) { return cell.initial(sequence); });
+        const auto row_of = [&](const Sequence& sequence) { return cell.initial(sequence); };
+        copy_rows(buffers, 0, sequences, cell.K(), row_of);
         copy_wait<0>();
         __syncthreads();
     }
-    Weights weights;
-    weights.shared = shared_weights;
     weights.load(cell);
-#pragma unroll
-    for (int e = 0; e < ITEMS; ++e) {
-        const Item item = item_of(e, scan, sequences);
-        if (item.exists) cell.begin(e, item);
-    }
+    for_items(scan, sequences, [&](int e, const Item& item) { cell.begin(e, item); });
     // A way back ends with the product of the last gradients, which goes to the initial state.
     const int iterations = steps && Cell::BACKWARD ? steps + 1 : steps;
     const bool falling = scan.reverse != Cell::BACKWARD;
     for (int count = 0; count < iterations; ++count) {
         const int t = falling ? steps - 1 - count : count;
-        const Step step = {count, t, falling ? t + 1 : t - 1};
-#pragma unroll
-        for (int e = 0; e < ITEMS; ++e) {
-            const Item item = item_of(e, scan, sequences);
-            if (item.has(t)) cell.fetch(e, item, t);
-        }
-        Sums sums = {};
-        if (GRID) {
-            if (count > 0 && !all_have_done(scan, count)) return;
-            copy_and_multiply(cell, step, buffers, sequences, weights, sums);
-        } else {
-            add_product(weights, 0, buffers, sums);
-        }
-        store_sums(sums, shared_sums);
-        __syncthreads();
-#pragma unroll
-        for (int e = 0; e < ITEMS; ++e) {
-            const Item item = item_of(e, scan, sequences);
-            if (item.exists) cell.advance(e, item, step, Totals{shared_sums + item.n * SUMS_PITCH});
-        }
-        if (GRID) tell_done(scan, count + 1);
-        else __syncthreads();
-#pragma unroll
-        for (int e = 0; e < ITEMS; ++e) {
-            const Item item = item_of(e, scan, sequences);
-            if (item.has(t)) cell.save(e, item, t);
-            else if (item.exists && t >= 0 && t < steps) cell.pad(item, t);
-        }
+        const Step step = {count, t, falling ? t + 1 : t - 1, count < steps};
+        if (!run_step(cell, scan, step, buffers, shared_sums, sequences, weights)) return;
     }
-#pragma unroll
-    for (int e = 0; e < ITEMS; ++e) {
-        const Item item = item_of(e, scan, sequences);
-        if (!item.exists) continue;
+    for_items(scan, sequences, [&](int e, const Item& item) {
         cell.end(e, item);
         for (int t = steps; t < scan.T; ++t) cell.pad(item, t);
-    }
+    });
 }
