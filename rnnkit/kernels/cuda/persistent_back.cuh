@@ -21,7 +21,7 @@ struct Back {
     // this.
     __device__ __forceinline__ Operand* slot(int count) const { return exchange + scan.step(count % 2, K()); }
     __device__ __forceinline__ Row initial(const Sequence&) const {
-        return {reinterpret_cast<const Operand*>(d_output), false};
+        return {weights, false};  // which begin on a multiple of 16 bytes, as a copy even of nothing must
     }
     __device__ __forceinline__ Row operand(const Sequence& sequence, const Step& step) const {
         if (!sequence.has(step.before)) return {exchange, false};
