@@ -132,10 +132,7 @@ class HostDevice:
         self.attributes = dict(ATTRIBUTES)
         self.check_races = False
         self._lock = threading.RLock()
-        _compile(["-c", str(HERE / "host.cpp")], folder / "host.o")
-        # Precompiled, since what host.h includes takes longer than most kernels; g++ finds it by its name.
-        (folder / "device.h").write_text(f'#include "{HERE / "host.h"}"\n')
-        _compile([*SANITIZE, "-x", "c++-header", str(folder / "device.h")], folder / "device.h.gch")
+        self._host = _host()
 
     def raw_module(
         self, *, code: str, options: tuple[str, ...], enable_cooperative_groups: bool = False
@@ -156,8 +153,9 @@ class HostDevice:
             if not target.exists():
                 exports = "\n".join(f"EXPORT({kernel})" for kernel in kernels)
                 main.write_text(f'#include "device.h"\n{code}\n{exports}\n')
-                _compile(["-c", *sanitize, *options, str(main)], main.with_suffix(".o"))
-                _compile(["-shared", str(main.with_suffix(".o")), str(self.folder / "host.o")], target)
+                include = f"-I{self._host}"
+                _compile(["-c", *sanitize, include, *options, str(main)], main.with_suffix(".o"))
+                _compile(["-shared", str(main.with_suffix(".o")), str(self._host / "host.o")], target)
         library = ctypes.CDLL(str(target))
         library.host_run.restype = ctypes.c_char_p
         return library
@@ -348,6 +346,18 @@ def require_compiler() -> None:
 @cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="rnnkit-host-device-")
+
+
+@cache
+def _host() -> Path:
+    """Return the folder with what all kernels are compiled with."""
+    folder = Path(_folder().name) / "host"
+    folder.mkdir()
+    _compile(["-c", str(HERE / "host.cpp")], folder / "host.o")
+    # Precompiled, since what host.h includes takes longer than most kernels; g++ finds it by its name.
+    (folder / "device.h").write_text(f'#include "{HERE / "host.h"}"\n')
+    _compile([*SANITIZE, "-x", "c++-header", str(folder / "device.h")], folder / "device.h.gch")
+    return folder
 
 
 def on_host() -> ModuleType:

@@ -20,7 +20,9 @@ struct Back {
     // Two slots are enough: who writes to one again has seen that all have written to the other, hence read
     // this.
     __device__ __forceinline__ Operand* slot(int count) const { return exchange + scan.step(count % 2, K()); }
-    __device__ __forceinline__ Row initial(const Sequence&) const { return {weights, false}; }
+    __device__ __forceinline__ Row initial(const Sequence&) const {
+        return {weights, false};  // which begin on a multiple of 16 bytes, as a copy even of nothing must
+    }
     __device__ __forceinline__ Row operand(const Sequence& sequence, const Step& step) const {
         if (!sequence.has(step.before)) return {exchange, false};
         return {slot(step.count + 1) + sequence.b * K(), true};

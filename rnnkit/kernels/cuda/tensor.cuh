@@ -1,9 +1,9 @@
 // Products of a whole warp on tensor cores, with sums in float32; include common.cuh first. All 32 lanes must
 // call them together. d (16, 8) += a (16, K) b (K, 8), with K = 16 for halves and 8 for TF32.
 //
-// Which numbers a lane holds (PTX, "Matrix Fragments for mma.m16n8k16" and "for mma.m16n8k8"), with g = lane / 4,
-// k = lane % 4; a register holds one TF32, or a half and in its upper bits the half of the next column, in b of
-// the next row:
+// Which numbers a lane holds (PTX, "Matrix Fragments for mma.m16n8k16" and "for mma.m16n8k8"), with
+// g = lane / 4, k = lane % 4; a register holds one TF32, or a half and in its upper bits the half of the next
+// column, in b of the next row:
 //   a[0..3]   rows g, g+8, g, g+8; columns k, k, k+4, k+4, of halves 2k, 2k, 2k+8, 2k+8
 //   b[0..1]   rows k, k+4, of halves 2k, 2k+8; column g
 //   d[0..3]   rows g, g, g+8, g+8; columns 2k, 2k+1, 2k, 2k+1
