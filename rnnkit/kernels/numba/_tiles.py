@@ -15,9 +15,10 @@ from ._threads import helped, run_tiles, thread_limit
 Float = np.ndarray[Any, np.dtype[Any]]
 Index = np.ndarray[Any, np.dtype[np.int64]]
 
-# Multiplications below which a call stays on its thread: 3.3 million (an LSTM, T=100, B=2, H=64) took 150
-# microseconds on one thread and 230 on two, on a busy machine. To be measured again on an idle one.
-_SMALL = 4_000_000
+# Multiplications below which a call stays on its thread. An LSTM's forward on one thread / two (Zen 3,
+# medians, us): 430 / 480 with 6.6 million (T=100, B=2, I=H=64), 480 / 550 with 7.9 (30, 8, 64), 710 / 630 with
+# 13 (100, 4, 64).
+_SMALL = 10_000_000
 # Multiplications of one time step below which threads do not share it. An LSTM's forward scan of 100 steps
 # on one thread / shared by two (Zen 3, ms): 0.59 / 0.69 with 66 thousand (B=1, H=128), 0.86 / 0.78 with 131
 # (B=2, H=128), 2.2 / 1.5 with 262 (B=1, H=256).
