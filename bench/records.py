@@ -50,6 +50,8 @@ from `backend` to `spread`, but for threads, p99 and padded_seconds, and:
     peer, graphed       "torch", and whether replayed as a CUDA graph; null where no peer takes part
     peer_seconds, peer_least, peer_spread, peer_error, ratio
                         the peer is timed also where the kernel is not
+    model               of whole sequences in one launch: for each scan by its kernel's name, the estimated
+                        seconds of the parts of a step; else empty
     device, driver, cuda, versions, processor
 
 A record of "gpu limits" is what the machine does at best: `measure`, `detail`, `seconds`, `least`, `spread`
@@ -99,7 +101,7 @@ _GPU: dict[str, tuple[type, ...]] = {
     "tf32": (bool,), "ragged": (bool,), "density": _NUMBER, "status": _TEXT, "reason": _TEXT,
     "max_error": _OPTIONAL, "seconds": _OPTIONAL, "least": _OPTIONAL, "spread": _OPTIONAL,
     "peer": (str, type(None)), "graphed": (bool,), "peer_seconds": _OPTIONAL, "peer_least": _OPTIONAL,
-    "peer_spread": _OPTIONAL, "peer_error": _OPTIONAL, "ratio": _OPTIONAL, **_DEVICE,
+    "peer_spread": _OPTIONAL, "peer_error": _OPTIONAL, "ratio": _OPTIONAL, "model": (dict,), **_DEVICE,
 }  # fmt: skip
 _LIMIT: dict[str, tuple[type, ...]] = {
     "measure": _TEXT, "detail": _TEXT, "seconds": _OPTIONAL, "least": _OPTIONAL, "spread": _OPTIONAL,

@@ -257,10 +257,21 @@ def to_numpy(array: Any) -> np.ndarray[Any, Any]:
         return np.asarray((array.float() if "bfloat16" in str(array.dtype) else array).numpy())
     if library == "cupy":
         host = array.get()
+        for check in _arrival_checks:
+            check()
         return np.asarray(host.astype(np.float32) if host.dtype.name == "bfloat16" else host)
     if hasattr(array, "__dlpack__"):
         return np.from_dlpack(array)
     raise TypeError(f"to_numpy takes an array, got {_kind(array)}")
+
+
+# Called when values have come from a device: what ran before them is finished, and may have failed.
+_arrival_checks: list[Callable[[], None]] = []
+
+
+def on_arrival(check: Callable[[], None]) -> None:
+    """Have `check` called by `to_numpy` after it has waited for CuPy's device."""
+    _arrival_checks.append(check)
 
 
 def namespace_of(array: Array) -> Namespace:

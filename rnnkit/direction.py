@@ -97,16 +97,37 @@ class Direction:
         rows = xp.reshape(x, (T * B, *x.shape[2:]))
         if call.live is not None:
             rows = xp.take(rows, call.live.index, axis=0)
-        gates = self.input_share(rows, call.embedding)
-        if call.live is not None:
-            gates = self._backend.put_rows(gates, call.live.index, T * B)
-        output, *final, saved = kernels[f"{self._case.cell}_forward"](
-            xp.reshape(gates, (T, B, gates.shape[1])), *states, self._weight_hh, **self._options,
-            lengths=call.lengths, reverse=self._reverse, save=save,
+        layer = kernels.functions.get(f"{self._case.cell}_layer")
+        if layer is None:
+            gates = self.input_share(rows, call.embedding)
+            if call.live is not None:
+                gates = self._backend.put_rows(gates, call.live.index, T * B)
+            scan, source = kernels[f"{self._case.cell}_forward"], xp.reshape(gates, (T, B, gates.shape[1]))
+            options = self._options
+        else:
+            scan, (source, options) = layer, self._input_of_layer(x, rows, call)
+        output, *final, saved = scan(
+            source, *states, self._weight_hh, **options, lengths=call.lengths, reverse=self._reverse,
+            save=save,
         )  # fmt: skip
         if not save:
             return output, final, None
         return output, final, Recorded(rows, states[0] if call.has_state else None, output, saved)
+
+    def _input_of_layer(self, x: Array, rows: Array, call: SequenceInput) -> tuple[Array, dict[str, Any]]:
+        """Return the input of a kernel that includes the input projection, and all its keywords."""
+        options: dict[str, Any] = {**self._options, "bias": self._gate_bias() if self._has_bias else None}
+        index = None if call.live is None else call.live.positions
+        if not is_integer(rows):
+            source = self._backend.xp.reshape(rows, x.shape) if index is None else rows
+            return source, {**options, "index": index, "weight_ih": self._weight_ih}
+        few = rows.shape[0] < self._table_length(call.embedding)
+        if call.embedding is not None and few:
+            return call.embedding, {**options, "index": x, "weight_ih": self._weight_ih}
+        shares = self._shares_of_tokens(rows if few else None, call.embedding)
+        if few and index is None:
+            shares = self._backend.xp.reshape(shares, (*x.shape, shares.shape[1]))
+        return shares, {**options, "index": index if few else x}
 
     def step(self, kernels: Kernels, x_t: Array, states: list[Array]) -> tuple[Array, list[Array]]:
         """Return the output (B, P) and the states (1, B, .) after one step x_t (B, I), of NumPy arrays."""
@@ -149,11 +170,15 @@ class Direction:
             if self._has_bias:
                 gates += self._gate_bias()
             return gates
-        few = rows.shape[0] < (self._weight_ih.shape[1] if embedding is None else embedding.shape[0])
+        few = rows.shape[0] < self._table_length(embedding)
         shares = self._shares_of_tokens(rows if few else None, embedding)
         if self._has_bias:
             shares = shares + self._gate_bias()  # not in place: they may be the weights themselves
         return shares if few else self._backend.xp.take(shares, rows, axis=0)
+
+    def _table_length(self, embedding: Array | None) -> int:
+        """Return how many tokens there are."""
+        return int(self._weight_ih.shape[1] if embedding is None else embedding.shape[0])
 
     def _shares_of_tokens(self, tokens: Array | None, embedding: Array | None) -> Array:
         """Return (n, G*H) for these tokens, or (V, G*H) for all there are."""

@@ -35,8 +35,16 @@ class LiveRows:
 
     def __init__(self, lengths: np.ndarray[Any, Any], T: int, backend: Backend):
         self._lengths, self._B, self._backend = lengths, len(lengths), backend
+        self._shape = T, self._B
         self._host_index = np.flatnonzero(np.arange(T)[:, None] < lengths)
         self.index = backend.asarray(self._host_index, "int64")
+
+    @cached_property
+    def positions(self) -> Array:
+        """Which of the live rows each step (T, B) is; 0 for padding."""
+        positions = np.zeros(self._shape, np.int64)
+        positions.flat[self._host_index] = np.arange(self._host_index.size)
+        return self._moved(positions)
 
     def halves(self, reverse: bool) -> tuple[Any, Array, Any, Array]:
         """Tell the steps that follow another one of the scan from those that begin it.

@@ -294,7 +294,7 @@ class _Run:
 
     def mean_loss(self) -> float:
         """Return the mean loss of the epoch so far; this waits for the device."""
-        return float(self.loss_sum) / self.tokens if self.loss_sum is not None else math.nan
+        return float(to_numpy(self.loss_sum)) / self.tokens if self.loss_sum is not None else math.nan
 
     def check_finite(self, validation_loss: float | None = None) -> None:
         """Raise FloatingPointError if training has gone astray, so that nothing of it is written down."""
@@ -442,7 +442,7 @@ def _evaluate(model: LanguageModel, data: Any, batch_size: int) -> Evaluation:
         nats = loss * batch.num_tokens if nats is None else nats + loss * batch.num_tokens
         correct = hits if correct is None else correct + hits
         tokens += batch.num_tokens
-    return Evaluation(float(nats) / tokens, float(correct) / tokens, tokens)  # type: ignore[arg-type]
+    return Evaluation(float(to_numpy(nats)) / tokens, float(to_numpy(correct)) / tokens, tokens)
 
 
 def _loss(

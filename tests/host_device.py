@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -32,17 +33,20 @@ import rnnkit.kernels
 
 HERE = Path(__file__).parent / "kernels"
 PACKAGE = Path(rnnkit.kernels.__file__).parent / "cuda"
+SANITIZE = ("-fsanitize=alignment",)
+RACES = ("-fsanitize=thread", "-g")
 FENCE = 64  # bytes on either side of an array that nobody may write
-ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
+ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2, "uneven": 3}
+Size = tuple[int, ...]
 LETTERS = {
     np.dtype(kind): letter
     for kind, letter in [
         (np.float32, "f"), (np.float64, "d"), (np.float16, "h"), (ml_dtypes.bfloat16, "b"), (np.int64, "q"),
-        (np.bool_, "o"),
+        (np.bool_, "o"), (np.uint32, "u"),
     ]
 }  # fmt: skip
 # Where one of these is called every thread must have a fiber, which takes time.
-WAITS = re.compile(r"__sync|__shfl|__ballot|__any|__all|barrier|SHARED|__nanosleep")
+WAITS = re.compile(r"__sync|__shfl|__ballot|__any|__all|barrier|SHARED|__nanosleep|pause\(|mma_\d|wait_for")
 MACROS = re.compile(r"^#.*(?:\\\n.*)*$", re.MULTILINE)
 
 
@@ -89,6 +93,11 @@ class PoisonedNumPy:
     def empty(self, shape: Any, dtype: Any = np.float64) -> np.ndarray:
         return fenced(shape, dtype)
 
+    def zeros(self, shape: Any, dtype: Any = np.float64) -> np.ndarray:
+        array = fenced(shape, dtype)
+        array[...] = 0
+        return array
+
     def astype(self, array: np.ndarray, dtype: Any, *, copy: bool = True) -> np.ndarray:
         if array.dtype == dtype and not copy:
             return array
@@ -101,7 +110,7 @@ class PoisonedNumPy:
 
 
 class HostDevice:
-    """Stands in for CuPy: its `RawModule` and its cuBLAS.
+    """Stands in for CuPy: its `RawModule`, its device and its cuBLAS.
 
     Attributes
     ----------
@@ -109,65 +118,70 @@ class HostDevice:
         In which order threads and blocks take turns: "forward", "reverse" or "shuffled".
     launches : list of str
         The kernels launched and products made since it was last cleared.
+    check_races : bool
+        Whether kernels that are compiled from now on report a race, as tests/kernels/races.h explains: in any
+        order of threads, but slowly.
+    attributes : dict
+        What `cupy.cuda.Device.attributes` tells of it, as far as it matters; tests may change it.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.order, self.seed = "forward", 0
         self.launches: list[str] = []
+        self.attributes = dict(ATTRIBUTES)
+        self.check_races = False
         self._lock = threading.RLock()
-        _compile(["-c", str(HERE / "host.cpp")], folder / "host.o")
+        self._host = _host()
 
-    def raw_module(self, *, code: str, options: tuple[str, ...], **cooperative: bool) -> SimpleNamespace:
+    def raw_module(
+        self, *, code: str, options: tuple[str, ...], enable_cooperative_groups: bool = False
+    ) -> SimpleNamespace:
         """Stand in for `cupy.RawModule`."""
-        name = hashlib.sha256(repr((code, options)).encode()).hexdigest()[:16]
+        library = self._library(code, options)
+        return SimpleNamespace(
+            get_function=lambda name: Function(self, library, name, code, options, enable_cooperative_groups)
+        )
+
+    def _library(self, code: str, options: tuple[str, ...]) -> ctypes.CDLL:
+        # What the sanitizers call is in host.cpp: their libraries would be linked with the option.
+        sanitize = [*SANITIZE, *(RACES if self.check_races else [])]
+        name = hashlib.sha256(repr((code, options, sanitize)).encode()).hexdigest()[:16]
         main, target = self.folder / f"{name}.cpp", self.folder / f"{name}.so"
-        kernels = re.findall(r"__global__\s+void\s+(\w+)\s*\(", code)
+        kernels = re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(", code)
         with self._lock:
             if not target.exists():
                 exports = "\n".join(f"EXPORT({kernel})" for kernel in kernels)
-                main.write_text(f'#include "{HERE / "host.h"}"\n{code}\n{exports}\n')
-                _compile(["-shared", *options, str(main), str(self.folder / "host.o")], target)
+                main.write_text(f'#include "device.h"\n{code}\n{exports}\n')
+                include = f"-I{self._host}"
+                _compile(["-c", *sanitize, include, *options, str(main)], main.with_suffix(".o"))
+                _compile(["-shared", str(main.with_suffix(".o")), str(self._host / "host.o")], target)
         library = ctypes.CDLL(str(target))
         library.host_run.restype = ctypes.c_char_p
-        mode = (
-            2
-            if cooperative.get("enable_cooperative_groups")
-            else int(bool(WAITS.search(MACROS.sub("", code))))
+        return library
+
+    def run(
+        self, library: ctypes.CDLL, name: str, pointers: Any, grid: Size, block: Size, shared: int, mode: int
+    ) -> None:
+        """Run a kernel; fail with what went wrong."""
+        with self._lock:
+            self.launches.append(name)
+            self.seed += 1
+            error = library.host_run(
+                getattr(library, f"{name}_call"), pointers, SIZES(*grid), SIZES(*block),
+                ctypes.c_size_t(shared), mode, ORDERS[self.order], ctypes.c_uint(self.seed),
+            )  # fmt: skip
+        assert error is None, f"{name}: {_located(error.decode(), library)}"
+
+    def blocks_at_once(self, threads: int, shared: int) -> int:
+        """Return how many blocks the multiprocessors hold at the same time; registers are not counted."""
+        each = min(
+            self.attributes["MaxBlocksPerMultiprocessor"],
+            self.attributes["MaxThreadsPerMultiProcessor"] // (-(-threads // 32) * 32),
+            self.attributes["MaxSharedMemoryPerMultiprocessor"]
+            // (shared + self.attributes["ReservedSharedMemoryPerBlock"]),
         )
-        (vector,) = (int(option.partition("=")[2]) for option in options if option.startswith("-DVECTOR"))
-        return SimpleNamespace(get_function=lambda kernel: self._function(library, kernel, mode, vector))
-
-    def _function(self, library: ctypes.CDLL, name: str, mode: int, vector: int) -> Any:
-        entry, describe = getattr(library, f"{name}_call"), getattr(library, f"{name}_signature")
-        describe.restype = ctypes.c_char_p
-        kinds, letters = describe().decode().split("|")
-        pointers_type = ctypes.c_void_p * len(kinds)  # to make a type costs more than a launch
-
-        def launch(grid: Any, block: Any, args: tuple[Any, ...], shared_mem: int = 0) -> None:
-            assert len(args) == len(kinds), f"{name} takes {len(kinds)} arguments, got {len(args)}"
-            values = [
-                _value(f"argument {k} of {name}", vector, *each)
-                for k, each in enumerate(zip(args, kinds, letters, strict=True))
-            ]
-            pointers = pointers_type(*[ctypes.addressof(value) for value in values])
-            assert all(grid), f"{name}: a grid {grid} without blocks"
-            assert math.prod(block) <= 1024, f"{name}: a block {block} of more than 1024 threads"
-            shape = [SIZES(*size, *[1] * (3 - len(size))) for size in (grid, block)]
-            with self._lock:
-                self.launches.append(name)
-                self.seed += 1
-                error = library.host_run(
-                    entry, pointers, *shape, ctypes.c_size_t(shared_mem), mode, ORDERS[self.order],
-                    ctypes.c_uint(self.seed),
-                )  # fmt: skip
-            assert error is None, f"{name}: {error.decode()}"
-            for k, arg in enumerate(args):
-                assert not isinstance(arg, np.ndarray) or fences_hold(arg), (
-                    f"{name} wrote beyond argument {k}"
-                )
-
-        return launch
+        return each * self.attributes["MultiProcessorCount"]
 
     def gemm(
         self, handle: int, op_a: int, op_b: int, m: int, n: int, k: int, alpha: int, a: int, a_type: int,
@@ -192,6 +206,77 @@ class HostDevice:
         out[...] = product + out if factor else product
 
 
+class Function:
+    """Stands in for `cupy.RawKernel`, as a module of a `HostDevice` returns it."""
+
+    def __init__(
+        self, device: HostDevice, library: ctypes.CDLL, name: str, code: str, options: tuple[str, ...],
+        cooperative: bool,
+    ):  # fmt: skip
+        self.device, self.library, self.name, self.cooperative = device, library, name, cooperative
+        describe = getattr(library, f"{name}_signature")
+        describe.restype = ctypes.c_char_p
+        self.kinds, self.letters = describe().decode().split("|")
+        self.pointers = ctypes.c_void_p * len(self.kinds)  # to make a type costs more than a launch
+        self.mode = 2 if cooperative else int(bool(WAITS.search(MACROS.sub("", code))))
+        vectors = [int(option.partition("=")[2]) for option in options if option.startswith("-DVECTOR")]
+        self.vector = vectors[0] if vectors else 1
+        self._most_shared = device.attributes["MaxSharedMemoryPerBlock"]
+
+    @property
+    def max_dynamic_shared_size_bytes(self) -> int:
+        return self._most_shared
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, size: int) -> None:
+        most = self.device.attributes["MaxSharedMemoryPerBlockOptin"]
+        assert 0 <= size <= most, f"{self.name}: {size} bytes of shared memory, a block has {most}"
+        self._most_shared = size
+
+    def __call__(self, grid: Size, block: Size, args: tuple[Any, ...], *, shared_mem: int = 0) -> None:
+        name = self.name
+        assert len(args) == len(self.kinds), f"{name} takes {len(self.kinds)} arguments, got {len(args)}"
+        values = [
+            _value(f"argument {k} of {name}", self.vector, *each)
+            for k, each in enumerate(zip(args, self.kinds, self.letters, strict=True))
+        ]
+        pointers = self.pointers(*[ctypes.addressof(value) for value in values])
+        assert all(grid), f"{name}: a grid {grid} without blocks"
+        assert math.prod(block) <= 1024, f"{name}: a block {block} of more than 1024 threads"
+        assert max(grid[1:], default=1) <= MOST_BLOCKS, f"{name}: a grid {grid} wider than a device takes"
+        assert shared_mem <= self._most_shared, (
+            f"{name}: {shared_mem} bytes of shared memory, but {self._most_shared} were asked for"
+        )
+        grid, block = ((*size, *[1] * (3 - len(size))) for size in (grid, block))
+        if self.cooperative:
+            grid = self._together(grid, self.device.blocks_at_once(math.prod(block), shared_mem))
+        self.device.run(self.library, name, pointers, grid, block, shared_mem, self.mode)
+        for k, arg in enumerate(args):
+            assert not isinstance(arg, np.ndarray) or fences_hold(arg), f"{name} wrote beyond argument {k}"
+
+    def _together(self, grid: Size, most: int) -> Size:
+        """Do as CuPy does with more blocks than there can be at the same time."""
+        if math.prod(grid) <= most:
+            return grid
+        if grid[1:] != (1, 1):
+            raise ValueError(f"The specified grid size {grid} exceeds the limit ({most}).")
+        warnings.warn(f"The grid size will be reduced from {grid[0]} to {most}", stacklevel=3)
+        return (most, 1, 1)
+
+
+MOST_BLOCKS = 65535  # along the second and the third axis of a grid
+# Of a device of few multiprocessors, each of them an H200's; CuPy's names.
+ATTRIBUTES = {
+    "MultiProcessorCount": 8,
+    "MaxSharedMemoryPerBlock": 48 << 10,
+    "MaxSharedMemoryPerBlockOptin": 227 << 10,
+    "MaxSharedMemoryPerMultiprocessor": 228 << 10,
+    "ReservedSharedMemoryPerBlock": 1 << 10,
+    "MaxRegistersPerMultiprocessor": 1 << 16,
+    "MaxThreadsPerMultiProcessor": 2048,
+    "MaxBlocksPerMultiprocessor": 32,
+    "CooperativeLaunch": 1,
+}
 SIZES = ctypes.c_uint * 3
 HANDLE = 4711
 TYPES = {0: np.float32, 1: np.float64, 2: np.float16, 14: ml_dtypes.bfloat16}  # cudaDataType_t
@@ -228,9 +313,19 @@ def _value(where: str, vector: int, arg: Any, kind: str, letter: str) -> Any:
     return ctypes.c_void_p(address)
 
 
+def _located(error: str, library: ctypes.CDLL) -> str:
+    """Return an error with the functions and lines in place of the address that it may end with."""
+    text, _, place = error.partition(" at +")
+    if not place or shutil.which("addr2line") is None:
+        return error
+    command = ["addr2line", "-Cfsipe", library._name, place]
+    return f"{text}: {subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()}"
+
+
 def _compile(arguments: list[str], target: Path) -> None:
     command = [
-        str(shutil.which("g++")), "-std=c++17", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas",
+        str(shutil.which("g++")), "-std=c++17", "-Og", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas",
+        "-U_FORTIFY_SOURCE",  # which takes a jump from one stack to another for an attack
         *arguments, "-o", str(target),
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -251,6 +346,18 @@ def require_compiler() -> None:
 @cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="rnnkit-host-device-")
+
+
+@cache
+def _host() -> Path:
+    """Return the folder with what all kernels are compiled with."""
+    folder = Path(_folder().name) / "host"
+    folder.mkdir()
+    _compile(["-c", str(HERE / "host.cpp")], folder / "host.o")
+    # Precompiled, since what host.h includes takes longer than most kernels; g++ finds it by its name.
+    (folder / "device.h").write_text(f'#include "{HERE / "host.h"}"\n')
+    _compile([*SANITIZE, "-x", "c++-header", str(folder / "device.h")], folder / "device.h.gch")
+    return folder
 
 
 def on_host() -> ModuleType:
@@ -286,6 +393,12 @@ def _load(name: str, path: Path, folders: list[str] | None = None) -> ModuleType
     return module
 
 
+def pinned_memory(size: int) -> Any:
+    """Stand in for `cupy.cuda.alloc_pinned_memory`: a buffer that knows its address, full of ones."""
+    kind = type("PinnedMemoryPointer", (ctypes.c_char * size,), {"ptr": property(ctypes.addressof)})
+    return kind.from_buffer(bytearray(b"\xff" * size))
+
+
 def _stand_ins(device: HostDevice) -> dict[str, Any]:
     """Return the modules that `_loader` imports."""
     settings = SimpleNamespace(compute_type_to_str=lambda setting: f"COMPUTE_TYPE_{setting}")
@@ -298,12 +411,21 @@ def _stand_ins(device: HostDevice) -> dict[str, Any]:
     cupy = SimpleNamespace(
         RawModule=device.raw_module,
         cuda=SimpleNamespace(
-            runtime=SimpleNamespace(**kinds), device=SimpleNamespace(get_cublas_handle=lambda: HANDLE)
+            runtime=SimpleNamespace(**kinds, getDevice=lambda: 0),
+            device=SimpleNamespace(get_cublas_handle=lambda: HANDLE),
+            Device=lambda number: SimpleNamespace(attributes=device.attributes, compute_capability="90"),
+            alloc_pinned_memory=pinned_memory,
         ),
         _core=SimpleNamespace(get_compute_type=lambda dtype: "DEFAULT", _routines_linalg=settings),
     )
     packages = {name: ModuleType(name) for name in ("cupy_backends", "cupy_backends.cuda")}
     return {"cupy": cupy, **packages, "cupy_backends.cuda.libs": SimpleNamespace(cublas=cublas)}
+
+
+@cache
+def plans() -> ModuleType:
+    """Return `_plan`, which needs no GPU library, without its package."""
+    return _load("rnnkit_plans", PACKAGE / "_plan.py")
 
 
 @cache

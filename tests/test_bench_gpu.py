@@ -22,7 +22,7 @@ import pytest
 
 from bench import cases, correct, ours, records, report, tables, timing
 from bench.gpu import __main__ as program
-from bench.gpu import clock, limits, measure, plan, rig, session, sides
+from bench.gpu import clock, limits, measure, plan, rig, session, sides, soak
 from bench.gpu import tables as gpu_tables
 from rnnkit._array import BackendUnavailableError
 
@@ -87,6 +87,7 @@ def test_dry_run_needs_no_gpu_and_loads_none(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{len(list(plan.plan()))} cells")
+    assert f"\n  {sides.WHOLE} (RNNKIT_PERSISTENT=1)" in done.stdout
     assert "FlashRNN's published cell: 2\n  forward lstm (1024, 16, 768, 768) bfloat16" in done.stdout
     assert "... up to" in done.stdout
 
@@ -234,6 +235,138 @@ def test_verifying_reaches_every_dtype_that_a_kernel_serves(host, monkeypatch):
     monkeypatch.setattr(measure, "_fault", fault)
     assert measure.verify(host) == []
     assert len(tried) == 2 * 3 * 2 * 4
+
+
+# ------------------------------------------------------------------------- whole sequences in one launch
+
+
+@pytest.fixture
+def with_cuda(host, monkeypatch):
+    """Return the stand-in with kernel modules named as on a GPU: NumPy's takes the place of `cuda`."""
+    from rnnkit import kernels
+
+    monkeypatch.setattr(ours, "kernel_modules", lambda backend: ("cuda", "reference"))
+    monkeypatch.setitem(kernels._MODULES, "numpy", ("cuda", "reference"))
+    load = kernels._load
+    monkeypatch.setattr(kernels, "_load", lambda name: load("numpy" if name == "cuda" else name))
+    kernels._choose.cache_clear()
+    layouts = {"lstm_forward": {"exchange": 2e-6, "memory": 0.0}, "lstm_backward": "no room"}
+    asked = SimpleNamespace(
+        whole_sequence=lambda name, case, B: layouts.get(name, "no such kernel"),
+        step_times=lambda name, case, B: layouts[name] if isinstance(layouts[name], dict) else {},
+    )
+    monkeypatch.setattr(sides, "importlib", SimpleNamespace(import_module=lambda name: asked))
+    yield host
+    kernels._choose.cache_clear()
+
+
+def test_whole_sequences_are_a_contestant_of_their_own(with_cuda, monkeypatch):
+    """Each level runs with its own setting, whatever the environment says."""
+    monkeypatch.setenv("RNNKIT_PERSISTENT", "1")
+    assert sides.kernels_of(with_cuda) == (sides.WHOLE, "cuda", "reference")
+    problem = sides.problem_of(plan.Cell(CASE))
+    settings = {}
+    for kernel in sides.kernels_of(with_cuda):
+        side = sides.side_of(problem, kernel, with_cuda)
+        assert side.name == f"rnnkit {kernel}"
+        with side.scope():
+            settings[kernel] = os.environ["RNNKIT_PERSISTENT"], os.environ["RNNKIT_KERNELS"]
+    assert settings == {
+        sides.WHOLE: ("1", "cuda,reference"),
+        "cuda": ("0", "cuda,reference"),
+        "reference": ("0", "reference"),
+    }
+
+
+def test_a_record_of_whole_sequences_has_its_model(with_cuda):
+    found = measure.measure("q", plan.Cell(CASE._replace(operation="train")), with_cuda, QUICK)
+    records.check({"schema": records.SCHEMA, "kind": "gpu", "records": found})
+    by_kernel = {record["kernel"]: record for record in found}
+    assert [by_kernel[name]["level"] for name in (sides.WHOLE, "cuda", "reference")] == [2, 1, 0]
+    assert [by_kernel[name]["default"] for name in (sides.WHOLE, "cuda", "reference")] == [False, True, False]
+    whole = by_kernel[sides.WHOLE]
+    assert whole["status"] == "ok"
+    assert whole["model"] == {"lstm_forward": {"exchange": 2e-6, "memory": 0.0}, "lstm_backward": {}}
+    assert by_kernel["cuda"]["model"] == {}
+    shown = gpu_tables.models(found)
+    assert len(shown.splitlines()) == 3
+    assert "| 2.00 | lstm_forward: exchange 2.00; lstm_backward: step by step |" in shown
+    assert shown in gpu_tables.report(found)
+    assert gpu_tables.models([by_kernel["cuda"]]) == ""
+
+
+def test_whole_sequences_that_do_not_fit_are_unsupported(with_cuda):
+    found = measure.measure("q", plan.Cell(CASE._replace(cell="gru")), with_cuda, QUICK)
+    assert found[0]["kernel"] == sides.WHOLE
+    assert (found[0]["status"], found[0]["reason"]) == ("unsupported", "gru_forward: no such kernel")
+    assert {record["status"] for record in found if record["kernel"] != sides.WHOLE} == {"ok"}
+
+
+@pytest.fixture
+def small_draws(monkeypatch):
+    draw = soak.draw
+    monkeypatch.setattr(
+        soak, "draw", lambda random: draw(random)._replace(precision="float32", T=3, B=2, H=4)
+    )
+
+
+def test_soaking(host, small_draws):
+    assert soak.soak(host, 25, 7, "numpy", "reference") == []
+
+
+def test_draws_reach_every_kind_and_repeat_themselves():
+    draws = [soak.draw(np.random.default_rng(seed)) for seed in range(300)]
+    assert draws == [soak.draw(np.random.default_rng(seed)) for seed in range(300)]
+    for name, wanted in {
+        "cell": set(cases.CELLS), "precision": set(plan.PRECISIONS), "ragged": {False, True},
+        "bidirectional": {False, True},
+    }.items():  # fmt: skip
+        assert {getattr(one, name) for one in draws} == wanted
+    for name, most in {"T": soak.MOST_T + 1, "B": soak.MOST_B, "H": soak.MOST_H}.items():
+        sizes = [getattr(one, name) for one in draws]
+        assert 1 <= min(sizes) <= 3
+        assert 0.8 * most < max(sizes) <= most
+
+
+def test_soaking_finds_what_is_wrong(host, small_draws, wrong_kernel):
+    found = soak.soak(host, 40 * soak.REPEATS, 7, "numpy", "reference")
+    assert 0 < len(found) < 40  # of an LSTM alone
+    assert all("cell='lstm'" in line and "against reference" in line for line in found)
+
+
+def test_soaking_finds_what_differs(host, small_draws, monkeypatch):
+    """A difference far below any tolerance."""
+    from rnnkit import kernels
+
+    module, calls = kernels._load("numpy"), []
+    right = module.gru_forward
+
+    def unsteady(*args, **kwargs):
+        output, *rest = right(*args, **kwargs)
+        calls.append(None)
+        return (np.nextafter(output, np.float32(2)) if len(calls) % 7 == 0 else output, *rest)
+
+    monkeypatch.setattr(module, "gru_forward", unsteady)
+    kernels._choose.cache_clear()
+    found = soak.soak(host, 20 * soak.REPEATS, 7, "numpy", "reference")
+    kernels._choose.cache_clear()
+    assert found
+    assert all("cell='gru'" in line and "differ in repetition" in line for line in found)
+
+
+def test_soaking_by_command(host, monkeypatch, capsys):
+    monkeypatch.setattr(program, "Gpu", lambda: host)
+    monkeypatch.setenv("RNNKIT_TEST_SEED", "5")
+    monkeypatch.setattr(soak, "soak", lambda where, count, seed: [f"- {count} {seed}"])
+    assert program.main(["--soak", "30"]) == 1
+    assert "RNNKIT_TEST_SEED=5 repeats this" in (told := capsys.readouterr().out)
+    assert "- 30 5" in told
+    monkeypatch.setattr(soak, "soak", lambda where, count, seed: [])
+    assert program.main(["--soak", "30"]) == 0
+    assert "30 times right" in capsys.readouterr().out
+    for wrong in ("0", "-1", "many"):
+        with pytest.raises(SystemExit):
+            program.main(["--soak", wrong])
 
 
 # --------------------------------------------------------------------------------- records and timing

@@ -16,7 +16,7 @@ import pytest
 
 import rnnkit
 from bench import cases, ours
-from bench.gpu import limits, measure, plan, rig, sides
+from bench.gpu import limits, measure, plan, rig, sides, soak
 from bench.timing import Effort
 from rnnkit import to_numpy
 from rnnkit._array import BackendUnavailableError, resolve_backend
@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 LAYERS = {"lstm": rnnkit.LSTM, "gru": rnnkit.GRU, "rnn": rnnkit.RNN}
-KERNELS = ours.kernel_modules("cupy")
+KERNELS = (sides.WHOLE, *ours.kernel_modules("cupy"))
 QUICK = Effort(0.0, 1)
 
 # Keeps its stream busy for about half a second, and ends by itself.
@@ -40,8 +40,8 @@ extern "C" __global__ void spin(long long cycles) {
 """
 CYCLES = 1_000_000_000
 
-# Kernels a step that a module launches by itself, beside the matrix product of cuBLAS.
-LAUNCHES = {"cuda": 1}
+# Kernels a step that rnnkit launches by itself, beside the matrix product of cuBLAS.
+LAUNCHES = {"cuda": 1, sides.WHOLE: 0}
 CUBLAS = re.compile(r"gemm|gemv|nvjet|cublas|cutlass|xmma|split", re.IGNORECASE)
 
 
@@ -60,8 +60,14 @@ def cupy():
 @pytest.fixture(params=KERNELS)
 def kernel(request, cupy, monkeypatch):
     """A kernel module, which then serves all layers; what it does not serve comes from the reference."""
-    monkeypatch.setenv("RNNKIT_KERNELS", request.param)
+    use(monkeypatch, request.param)
     return request.param
+
+
+def use(monkeypatch, kernel):
+    """Have all layers use one of `KERNELS`."""
+    monkeypatch.setenv("RNNKIT_KERNELS", sides.module_of(kernel))
+    monkeypatch.setenv("RNNKIT_PERSISTENT", str(int(kernel == sides.WHOLE)))
 
 
 @pytest.fixture
@@ -294,7 +300,7 @@ def launched(torch, call):
 def test_launches_a_step(cupy, monkeypatch, name, cell, direction, rng, torch):
     if not torch.cuda.is_available():
         pytest.skip("torch, whose profiler counts, sees no GPU")
-    monkeypatch.setenv("RNNKIT_KERNELS", name)
+    use(monkeypatch, name)
     layer = LAYERS[cell](64, 64, backend="cupy", seed=0)
     counts = []
     for T in (8, 16, 24):
@@ -309,6 +315,113 @@ def test_launches_a_step(cupy, monkeypatch, name, cell, direction, rng, torch):
         counts.append(sum(not CUBLAS.search(kernel) for kernel in names))
     scans = 1 if direction == "forward" else 2
     assert np.diff(counts).tolist() == [8 * scans * LAUNCHES[name]] * 2
+
+
+# ------------------------------------------------------------------------- whole sequences in one launch
+
+# (B, H): one block a group, several blocks, several groups of several blocks, rows that begin at odd places.
+GROUPS = [(3, 40), (5, 256), (70, 264), (20, 301)]
+WHOLE_TOLERANCE = {"float32": 1e-5, "tf32": 1e-2, "float16": 1e-2, "bfloat16": 1e-1}
+
+
+@pytest.mark.parametrize("precision", plan.PRECISIONS)
+@pytest.mark.parametrize("shape", GROUPS, ids=str)
+@pytest.mark.parametrize("cell", LAYERS)
+def test_whole_sequences_against_single_steps(gpu, monkeypatch, cell, shape, precision, rng):
+    """Ragged, both directions, there and back."""
+    B, H = shape
+    dtype = "float32" if precision == "tf32" else precision
+    layer = LAYERS[cell](9, H, bidirectional=True, backend="cupy", dtype=dtype, seed=0)
+    x, d_output = (layer.asarray(rng.standard_normal((13, B, size))) for size in (9, 2 * H))
+    lengths = layer.asarray(rng.integers(0, 14, B))
+    with gpu.precision(precision == "tf32"):
+        use(monkeypatch, "cuda")
+        expected = both(layer, x, lengths, d_output)
+        use(monkeypatch, sides.WHOLE)
+        assert "one launch a sequence" in layer.explain()
+        results = both(layer, x, lengths, d_output)
+    assert_close(results, expected, WHOLE_TOLERANCE[precision])
+
+
+def test_two_streams_of_whole_sequences(cupy, monkeypatch, rng):
+    """Two launches that both want the whole device, again and again: each gets it in its turn."""
+    use(monkeypatch, sides.WHOLE)
+    layer = rnnkit.LSTM(8, 256, backend="cupy", seed=0)
+    problems = [problem(rng, layer, 40, B) for B in (16, 64)]
+    expected = [both(layer, *one) for one in problems]
+    cupy.cuda.runtime.deviceSynchronize()
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in problems]
+    results = []
+    for _ in range(20):
+        results = []
+        for stream, one in zip(streams, problems, strict=True):
+            with stream:
+                results.append(both(layer, *one))
+    cupy.cuda.runtime.deviceSynchronize()
+    for ours_, theirs in zip(results, expected, strict=True):
+        assert_close(ours_, theirs, 0.0)
+
+
+def test_whole_sequences_with_nan_and_infinity(cupy, monkeypatch, rng):
+    """They spoil their own sequence from their step on, and nobody waits for ever."""
+    layer = rnnkit.LSTM(8, 256, backend="cupy", seed=0)
+    x, _, d_output = problem(rng, layer, 12, 9, ragged=False)
+    x[5, 2, 0], x[7, 4, 1] = np.nan, np.inf
+    use(monkeypatch, "cuda")
+    expected = both(layer, x, None, d_output)
+    use(monkeypatch, sides.WHOLE)
+    for ours_, theirs in zip(both(layer, x, None, d_output), expected, strict=True):
+        ours_, theirs = to_numpy(ours_), to_numpy(theirs)
+        np.testing.assert_array_equal(np.isnan(ours_), np.isnan(theirs))
+        np.testing.assert_allclose(ours_[~np.isnan(ours_)], theirs[~np.isnan(theirs)], rtol=0, atol=1e-4)
+
+
+def test_a_kernel_reaches_the_error_flag(cupy, rng):
+    """Its address, in memory of the host, is one that the device can write to."""
+    from rnnkit.kernels.cuda import _loader
+
+    flag = _loader.error_flag()
+    flag.check()
+    kernel = cupy.RawKernel(
+        'extern "C" __global__ void fail(long long error) { *(volatile unsigned*)error = 1; }', "fail"
+    )
+    kernel((1,), (1,), (flag.address,))
+    value = cupy.ones(1)
+    with pytest.raises(RuntimeError, match="RNNKIT_PERSISTENT=0"):
+        to_numpy(value)
+    to_numpy(value)
+    kernel((1,), (1,), (flag.address,))
+    cupy.cuda.runtime.deviceSynchronize()
+    with pytest.raises(RuntimeError, match="gave up"):
+        flag.check()
+
+
+def test_cupy_refuses_what_would_wait_for_ever(cupy):
+    """A cooperative grid (1, n) that does not fit; of (n, 1) CuPy leaves blocks away."""
+    from rnnkit.kernels.cuda import _loader
+
+    module = cupy.RawModule(code='extern "C" __global__ void nothing() {}', enable_cooperative_groups=True)
+    kernel, blocks = module.get_function("nothing"), 1 + 64 * _loader.limits().multiprocessors
+    with pytest.raises(ValueError, match="exceeds the limit"):
+        kernel((1, blocks), (32,), ())
+    with pytest.warns(UserWarning, match="will be reduced"):
+        kernel((blocks,), (32,), ())
+
+
+def test_the_limits_are_the_devices(cupy):
+    from rnnkit.kernels.cuda import _loader
+
+    found = _loader.limits()
+    properties = cupy.cuda.runtime.getDeviceProperties(0)
+    assert found.multiprocessors == properties["multiProcessorCount"]
+    assert found.shared_per_block == properties["sharedMemPerBlockOptin"]
+    assert found.registers_per_multiprocessor == properties["regsPerMultiprocessor"]
+    assert found.capability == (properties["major"], properties["minor"])
+
+
+def test_soaking_for_a_moment(gpu):
+    """`python -m bench.gpu --soak 10000` does so for longer."""
+    assert soak.soak(gpu, 200, 1) == []
 
 
 # ------------------------------------------------------------------------------------- what users pass in

@@ -136,6 +136,45 @@ def test_agrees_with_the_reference(cell, dtype, ragged, reverse, H, T):
         assert same_bits(before, problem.inputs)
 
 
+@pytest.mark.parametrize("given", ["x", "packed", "table", "table of shares", "large", "large table"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_layer_is_projection_and_scan(cell, ragged, given, rng, monkeypatch):
+    monkeypatch.setattr(kernels._tiles, "_CHUNK_ROWS", int(rng.integers(1, 40)))
+    if given.startswith("large"):
+        monkeypatch.setattr(kernels._tiles, "_LARGE_INPUT", 0)
+    for T, B, I, H in ((23, 5, 9, 17), (1, 1, 40, 16), (6, 33, 1, 3)):
+        problem = Problem(
+            cell, T=T, B=B, H=H, ragged=ragged, reverse=bool(rng.integers(2)), seed=rng.integers(99)
+        )
+        columns, bias = problem.gates.shape[2], rng.standard_normal(problem.gates.shape[2]).astype("float32")
+        weight, index = (rng.standard_normal((columns, I)) * I**-0.5).astype("float32"), None
+        live = ~np.isnan(problem.gates[:, :, 0])
+        if given in ("x", "large"):
+            x = rng.standard_normal((T, B, I)).astype("float32")
+            rows = x.copy()
+            x[~live] = np.nan
+        else:
+            x = rng.standard_normal((T * B if given == "packed" else 4, I)).astype("float32")
+            index = np.zeros((T, B), np.int64)
+            index[live] = (
+                rng.permutation(T * B)[: live.sum()] if given == "packed" else rng.integers(0, 4, live.sum())
+            )
+            rows = x[index]
+        problem.gates = rows @ weight.T + bias
+        shares = given == "table of shares"
+        layer = getattr(kernels, f"{problem.cell}_layer")
+        for save in (True, False):
+            *results, saved = layer(
+                x @ weight.T if shares else x, *problem.states, problem.weight, **problem.options,
+                weight_ih=None if shares else weight, bias=bias, index=index, save=save,
+            )  # fmt: skip
+            assert_close(results, problem.forward(reference)[0], "float32")
+            if save:
+                ours = problem.backward(saved)
+                assert_close(ours, problem.backward(problem.forward(reference)[1], reference), "float32")
+
+
 def layer_of(cell, I, H, dtype, **options):
     """Return a layer of NumPy arrays."""
     if cell == "relu":
@@ -287,12 +326,12 @@ def test_extreme_values_saturate():
 def test_read_only_inputs_are_taken():
     problem = Problem("lstm", ragged=True)
     writable = problem.run()
-    compiled = len(kernels._scans.lstm_forward.signatures)
+    compiled = len(kernels._forward.lstm_forward.signatures)
     for array in problem.inputs:
         array.flags.writeable = False
     assert same_bits(writable, problem.run())
     assert (
-        len(kernels._scans.lstm_forward.signatures) == compiled
+        len(kernels._forward.lstm_forward.signatures) == compiled
     )  # seconds, for every mixture of such arrays
 
 
@@ -312,9 +351,9 @@ def test_same_bits_again_and_with_any_number_of_threads(cell, sizes, ragged, mon
     problem = Problem(cell, **sizes, ragged=ragged, reverse=ragged)
     results = []
     for limit in ("_SMALL", "_SMALL_WEIGHT"):
-        monkeypatch.setattr(kernels, limit, 0)
+        monkeypatch.setattr(kernels._tiles, limit, 0)
     if sizes["B"] == 5:
-        monkeypatch.setattr(kernels, "_LARGE_WEIGHT", 0)
+        monkeypatch.setattr(kernels._tiles, "_LARGE_WEIGHT", 0)
     for threads in ("1", "1", "2", "3", "5"):
         monkeypatch.setenv("RNNKIT_NUM_THREADS", threads)
         results.append(problem.run())
@@ -327,7 +366,7 @@ def test_helpers_may_come_at_any_time(cell, when, monkeypatch):
     problem = Problem(cell, T=300, B=1, H=400, reverse=True)
     monkeypatch.setenv("RNNKIT_NUM_THREADS", "1")
     expected = problem.run()
-    teams, new_team = [], kernels._team.new_team
+    teams, new_team = [], kernels._tiles._team.new_team
 
     def recorded():
         teams.append(new_team())
@@ -344,7 +383,7 @@ def test_helpers_may_come_at_any_time(cell, when, monkeypatch):
         timer = threading.Timer(0.0005, start)  # a scan takes at least 1 ms
         if when == "before":
             start()
-            while team[kernels._team.JOINED] < count:
+            while team[kernels._tiles._team.JOINED] < count:
                 time.sleep(0)
         elif when == "during":
             timer.start()
@@ -358,14 +397,14 @@ def test_helpers_may_come_at_any_time(cell, when, monkeypatch):
             thread.join(timeout=10)
             assert not thread.is_alive()
 
-    monkeypatch.setattr(kernels._team, "new_team", recorded)
-    monkeypatch.setattr(kernels, "helped", helped)
+    monkeypatch.setattr(kernels._tiles._team, "new_team", recorded)
+    monkeypatch.setattr(kernels._tiles, "helped", helped)
     monkeypatch.setenv("RNNKIT_NUM_THREADS", "3")
     assert same_bits(expected, problem.run())
-    shared_phases = [int(team[kernels._team.EXPECTED]) for team in teams]
+    shared_phases = [int(team[kernels._tiles._team.EXPECTED]) for team in teams]
     assert len(teams) == 2
     if when != "during":  # of the way back the last product is a phase of its own
-        assert shared_phases == ([600, 602] if when == "before" else [0, 0])
+        assert shared_phases == ([638, 602] if when == "before" else [0, 0])
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -227,11 +227,25 @@ def compare_with_torch(torch, layer, cell, x, state, lengths, rng):
     names = [name for name, _ in peer.named_parameters()]
     our_grads = [grads.x, *as_tuple(grads.state), *(grads.params[name] for name in names)]
     value_error = max(np.max(np.abs(a - b), initial=0.0) for a, b in zip(ours, values, strict=True))
-    grad_error = max(
-        float(np.linalg.norm(to_numpy(a) - b)) / max(float(np.linalg.norm(b)), 1e-3)
-        for a, b in zip(our_grads, gradients, strict=True)
-    )
+    our_grads = [to_numpy(a) for a in our_grads]
+    grad_error = distance(our_grads, gradients)
+    if dtype == np.float32 and grad_error > 1e-5:
+        # Where a gradient nearly cancels, both are rounded coarsely: then ours may be as far from the truth
+        # as torch's, but not much farther.
+        x, *wide = (np.asarray(part, np.float64) for part in (x, d_output, *state, *d_state))
+        d_output, (state, d_state) = wide[0], (wide[1 : 1 + len(state)], wide[1 + len(state) :])
+        _, exact = run_torch(torch, peer.double(), x, state, lengths, d_output, d_state)
+        if distance(our_grads, exact) <= 3 * distance(gradients, exact):
+            grad_error = 0.0
     return value_error, grad_error
+
+
+def distance(ours, theirs):
+    """Return the largest error of an array relative to its norm."""
+    return max(
+        float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(b)), 1e-3)
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def random_case(rng):

@@ -14,13 +14,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from rnnkit._array import BackendUnavailableError
 
 from .. import arguments
-from . import measure, tables
+from . import measure, soak, tables
 from .plan import Cell, plan
 from .rig import Gpu, Rig
 from .session import Session
+from .sides import WHOLE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,17 +39,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--verify", action="store_true", help="check small problems and stop; for compute-sanitizer"
     )
+    parser.add_argument(
+        "--soak", type=_count, metavar="N",
+        help="compute random problems N times, whole sequences in one launch, beside other work, and stop",
+    )  # fmt: skip
     given = parser.parse_args(argv)
     if given.dry_run:
         return dry_run()
-    if not given.verify and (given.minutes is None or given.out is None):
-        parser.error("--minutes and --out are needed, but for --dry-run and --verify")
-    if not given.verify and given.out.exists() and not given.out.is_dir():
+    alone = given.verify or given.soak is not None
+    if not alone and (given.minutes is None or given.out is None):
+        parser.error("--minutes and --out are needed, but for --dry-run, --verify and --soak")
+    if not alone and given.out.exists() and not given.out.is_dir():
         parser.error(f"--out {given.out} is no directory")
     try:
         rig = Gpu()
         if given.verify:
             return verify(rig)
+        if given.soak is not None:
+            return soaked(rig, given.soak)
         session = Session(given.out, rig, arguments.command_of("gpu", argv))
         return run(session, list(plan()), 60.0 * given.minutes)
     except ValueError as error:
@@ -76,6 +86,15 @@ def verify(rig: Rig) -> int:
     return int(bool(wrong))
 
 
+def soaked(rig: Rig, count: int) -> int:
+    """Compute random problems again and again, say what came out, and return the exit status."""
+    seed = int(os.environ.get("RNNKIT_TEST_SEED") or np.random.default_rng().integers(1 << 30))
+    print(f"RNNKIT_TEST_SEED={seed} repeats this.", flush=True)
+    wrong = soak.soak(rig, count, seed)
+    print(f"Wrong:\n\n{_first(wrong)}" if wrong else f"{count} times right, and always the same bits.")
+    return int(bool(wrong))
+
+
 def run(session: Session, cells: Sequence[tuple[str, Cell]], seconds: float) -> int:
     """Verify the kernels, measure what is not there yet, print, and return the exit status."""
     deadline = time.monotonic() + seconds
@@ -92,6 +111,7 @@ def outcome(session: Session, left: int) -> str:
     parts = [tables.conditions(session.limits), tables.limits(session.limits)]
     if session.cells:
         parts.append(tables.summary(session.cells))
+        parts += [text for text in [tables.models(session.cells)] if text]
         trouble = tables.problems(session.cells).splitlines()
         parts += [f"Not timed:\n\n{_first(trouble)}"] if trouble else []
     parts.append(f"{left} cells of the plan are left. All times: python -m bench.report DIR/gpu.json")
@@ -105,7 +125,12 @@ def _first(lines: Sequence[str], most: int = 20) -> str:
 
 def shown(cells: Sequence[tuple[str, Cell]]) -> str:
     """Return the plan, a line for each question; cells of all but the last in full."""
-    lines = [f"{len(cells)} cells, in this order, as far as the minutes go:"]
+    lines = [
+        f"{len(cells)} cells, in this order, as far as the minutes go; of rnnkit in each of them:",
+        f"  {WHOLE} (RNNKIT_PERSISTENT=1), where a plan fits the device, beside its model of a step's time",
+        "  cuda, step by step: two launches a step",
+        "  reference",
+    ]
     for title, group in itertools.groupby(cells, key=lambda pair: pair[0]):
         members = [str(cell) for _, cell in group]
         lines.append(f"\n{title}: {len(members)}")
@@ -113,6 +138,12 @@ def shown(cells: Sequence[tuple[str, Cell]]) -> str:
         lines += [f"  {name}" for name in (members if len(members) <= most else members[:3])]
         lines += [f"  ... up to {members[-1]}"] * (len(members) > most)
     return "\n".join(lines)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
 
 
 def _minutes(text: str) -> float:

@@ -16,10 +16,24 @@ from ..timing import Effort, Side, Times, summarise
 from .clock import alternate
 from .plan import OPERATIONS, Cell
 from .rig import Rig
-from .sides import EAGER, GRAPHED, TOLERANCE, expected, kernels_of, makers, peers_of, problem_of
+from .sides import (
+    EAGER,
+    GRAPHED,
+    TOLERANCE,
+    WHOLE,
+    expected,
+    kernels_of,
+    makers,
+    model_of,
+    peers_of,
+    problem_of,
+    side_of,
+    why_not,
+)
 
 # (T, B, I, H) of what is verified: a multiple of 8, sizes that fill no block, a single one of everything.
-VERIFIED = ((9, 5, 17, 24), (4, 3, 2, 33), (1, 1, 1, 1))
+# The last is for whole sequences in one launch: several groups, each of several blocks.
+VERIFIED = ((9, 5, 17, 24), (4, 3, 2, 33), (1, 1, 1, 1), (5, 70, 3, 264))
 # The reference in float64 on another machine differs by rounding alone.
 VERIFIED_TOLERANCE = {"float64": 1e-12} | {
     name: TOLERANCE[name] for name in ("float32", "float16", "bfloat16")
@@ -61,10 +75,10 @@ def verify(rig: Rig) -> list[str]:
 
 def _fault(problem: Problem, kernel: str, rig: Rig, dtype: str, right: Mapping[str, Any]) -> str | None:
     """Return what is wrong with a kernel; nothing where it does not serve the case."""
-    if ours.why_not(kernel, problem.case._replace(dtype=dtype), rig.backend) is not None:
+    if why_not(kernel, problem.case._replace(dtype=dtype), rig) is not None:
         return None
     try:
-        side = ours.side_of(problem, kernel, rig.backend, dtype)
+        side = side_of(problem, kernel, rig, dtype)
     except TypeError:  # the backend has no such dtype
         return None
     try:
@@ -106,7 +120,7 @@ def check(cell: Cell, problem: Problem, rig: Rig) -> Checked:
     wanted, tolerance = expected(problem, rig), TOLERANCE[cell.precision]
     rig.free()  # of float64, more than any side will need
     checked = Checked({}, {}, {})
-    refused = {ours.name_of(name): ours.why_not(name, cell.case, rig.backend) for name in kernels_of(rig)}
+    refused = {ours.name_of(name): why_not(name, cell.case, rig) for name in kernels_of(rig)}
     for name, make in makers(cell, problem, rig).items():
         if (reason := refused.get(name)) is not None:
             checked.faults[name] = ("unsupported", reason)
@@ -162,6 +176,7 @@ def _record(
         "peer_seconds": other and other[0].median, "peer_least": other and other[1],
         "peer_spread": other and other[0].spread, "peer_error": _known(checked.errors.get(peer or "")),
         "ratio": other[0].median / own[0].median if own and other else None,
+        "model": model_of(case, rig) if kernel == WHOLE and own else {},
         **rig.facts,
     }  # fmt: skip
 

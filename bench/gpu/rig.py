@@ -26,6 +26,8 @@ from . import limits
 from .clock import Clock, HostClock
 from .limits import Limit
 
+# Of the square matrices that keep another stream busy, a few milliseconds long in blocks that come and go.
+BUSY, BUSY_PRODUCTS = 1536, 20
 WARM_UPS = 3  # before a capture: torch allocates and chooses algorithms in its first calls
 
 
@@ -60,6 +62,9 @@ class Rig(Protocol):
     def limits(self) -> list[Limit]:
         """Return what to measure of the machine itself."""
 
+    def busy(self) -> AbstractContextManager[None]:
+        """Return a context in which another stream has work that competes for the device."""
+
     def free(self) -> None:
         """Give all cached memory back, so that one library's cache does not starve the other."""
 
@@ -89,6 +94,9 @@ class Host:
 
     def limits(self) -> list[Limit]:
         return limits.of_host()
+
+    def busy(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def free(self) -> None:
         gc.collect()
@@ -213,6 +221,16 @@ class Gpu:
 
     def limits(self) -> list[Limit]:
         return limits.of_gpu(self._cupy, self._torch)
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        with self._cupy.cuda.Stream(non_blocking=True) as stream:
+            a = self._cupy.ones((BUSY, BUSY), self._cupy.float32)
+            out = self._cupy.empty_like(a)
+            for _ in range(BUSY_PRODUCTS):
+                self._cupy.matmul(a, a, out=out)
+        yield
+        stream.synchronize()
 
     def free(self) -> None:
         gc.collect()

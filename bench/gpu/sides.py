@@ -1,15 +1,20 @@
-"""The contestants of a cell: rnnkit's kernel modules, and torch.nn eager and as a graph."""
+"""The contestants of a cell: rnnkit's kernels by levels, and torch.nn eager and as a graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import numpy as np
+
+from rnnkit.kernels import Case as KernelCase
 
 from .. import cases, ours, peers
 from ..cases import Host, Problem
 from ..correct import TOLERANCE as FLOAT32_TOLERANCE
-from ..timing import Side
+from ..timing import Side, environment
 from .plan import Cell
 from .rig import Rig
 
@@ -22,6 +27,9 @@ TOLERANCE = {"float32": FLOAT32_TOLERANCE, "tf32": 1e-2, "float16": 1e-2, "bfloa
 HALF = {"float16": 1.2e-3, "bfloat16": 1.2e-2}
 
 EAGER, GRAPHED = "torch", "torch, graphed"
+
+# The module `cuda` with whole sequences in one launch; "cuda" alone goes step by step.
+WHOLE = "cuda, whole sequences"
 
 
 def problem_of(cell: Cell) -> Problem:
@@ -60,12 +68,62 @@ def expected(problem: Problem, rig: Rig) -> dict[str, Host]:
 
     `verify` has compared that with NumPy; on the host the large cells would take minutes each.
     """
-    return ours.side_of(problem, "reference", rig.backend, "float64").compute()
+    return side_of(problem, "reference", rig, "float64").compute()
 
 
 def kernels_of(rig: Rig) -> tuple[str, ...]:
-    """Return rnnkit's kernel modules on the rig, fastest first; the last, the reference, is level 0."""
-    return ours.kernel_modules(rig.backend)
+    """Return rnnkit's kernels on the rig, fastest first; the last, the reference, is level 0."""
+    modules = ours.kernel_modules(rig.backend)
+    return (WHOLE, *modules) if "cuda" in modules else modules
+
+
+def module_of(kernel: str) -> str:
+    """Return the kernel module that a kernel of `kernels_of` is in."""
+    return "cuda" if kernel == WHOLE else kernel
+
+
+def side_of(problem: Problem, kernel: str, rig: Rig, dtype: str | None = None) -> Side:
+    """Return rnnkit's side with one of `kernels_of`; the dtype is by default the case's."""
+    side = ours.side_of(problem, module_of(kernel), rig.backend, dtype)
+    return side._replace(name=ours.name_of(kernel), scope=scope_of(kernel, side.scope))
+
+
+def scope_of(
+    kernel: str, scope: Callable[[], AbstractContextManager[Any]]
+) -> Callable[[], AbstractContextManager[Any]]:
+    """Return the scope of a kernel's calls, within that of its module's."""
+
+    @contextmanager
+    def both() -> Iterator[None]:
+        with scope(), environment(RNNKIT_PERSISTENT=str(int(kernel == WHOLE))):
+            yield
+
+    return both
+
+
+def why_not(kernel: str, case: cases.Case, rig: Rig) -> str | None:
+    """Say why a kernel cannot serve a case, or None; whole sequences serve it if they serve one way."""
+    reason = ours.why_not(module_of(kernel), case, rig.backend)
+    if reason is not None or kernel != WHOLE:
+        return reason
+    layouts = _of_scans("whole_sequence", case, rig)
+    if any(not isinstance(layout, str) for layout in layouts.values()):
+        return None
+    return "; ".join(f"{name}: {reason}" for name, reason in layouts.items())
+
+
+def model_of(case: cases.Case, rig: Rig) -> dict[str, dict[str, float]]:
+    """Return the estimated seconds of the parts of a step, by the kernel's name; none of one step by step."""
+    return _of_scans("step_times", case, rig)
+
+
+def _of_scans(what: str, case: cases.Case, rig: Rig) -> dict[str, Any]:
+    """Return what a function of the module `cuda` says of each scan of a case."""
+    ask = getattr(importlib.import_module("rnnkit.kernels.cuda"), what)
+    own = KernelCase(case.cell, case.dtype, case.H, device=rig.backend)
+    directions = ("forward", "backward") if case.operation == "train" else ("forward",)
+    names = [f"{case.cell}_{direction}" for direction in directions]
+    return {name: ask(name, own, case.B) for name in names}
 
 
 def peers_of(cell: Cell, rig: Rig) -> tuple[str, ...]:
@@ -84,7 +142,7 @@ def makers(cell: Cell, problem: Problem, rig: Rig) -> dict[str, Callable[[], Sid
         return peers.side_of("torch", problem, 1, where)
 
     def own(kernel: str) -> Callable[[], Side]:
-        return lambda: ours.side_of(problem, kernel, rig.backend)
+        return lambda: side_of(problem, kernel, rig)
 
     made = {ours.name_of(kernel): own(kernel) for kernel in kernels_of(rig)}
     theirs = {EAGER: eager, GRAPHED: lambda: rig.graphed(eager)}

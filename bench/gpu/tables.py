@@ -47,6 +47,32 @@ def summary(records: Sequence[Record]) -> str:
     return table(head, rows, left=3) if rows else "No cell was timed against torch."
 
 
+def models(records: Sequence[Record]) -> str:
+    """Return what a step of whole sequences took beside what its model says; empty where none was timed.
+
+    The measured time has the large products before and after the scan in it, which the model has not.
+    """
+    rows = []
+    for record in records:
+        if not record["model"] or record["seconds"] is None or record["graphed"]:
+            continue
+        steps = {name: sum(parts.values()) for name, parts in record["model"].items()}
+        parts = "; ".join(
+            f"{name}: " + (_parts(parts) or "step by step") for name, parts in record["model"].items()
+        )
+        rows.append([
+            record["operation"] + (", ragged" if record["ragged"] else ""), record["cell"], shape_of(record),
+            "tf32" if record["tf32"] else record["dtype"], f"{1e6 * record['seconds'] / record['T']:.2f}",
+            f"{1e6 * sum(steps.values()):.2f}", parts,
+        ])  # fmt: skip
+    head = ["operation", "cell", "(T, B, I, H)", "precision", "us a step", "model", "of which, in us"]
+    return table(head, rows, left=4) if rows else ""
+
+
+def _parts(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{part} {1e6 * each:.2f}" for part, each in seconds.items() if each)
+
+
 def details(records: Sequence[Record]) -> str:
     """Return every cell with the times of all sides."""
     head = ["operation", "cell", "(T, B, I, H)", "precision", "torch", "graphed", "kernel", "time", "spread",
@@ -89,6 +115,8 @@ def problems(records: Sequence[Record]) -> str:
 def report(records: Sequence[Record]) -> str:
     """Return all of a file of cells."""
     parts = [conditions(records), details(records), summary(records)]
+    if model := models(records):
+        parts += ["### Whole sequences in one launch: a step and its model", model]
     if trouble := problems(records):
         parts += ["### Not timed", trouble]
     return "\n\n".join(parts)

@@ -19,9 +19,12 @@ case; a faster module defines any subset of the same names, with the same argume
     softmax_cross_entropy(logits, targets, counts, gradient=True) -> loss, d_logits, None if not wanted
     matmul(a, b, out=None) -> a @ b, 2-D, in `out` if given: the large products before and after a scan
 
-A module may add, for few steps and sequences, a forward scan with the input projection included, with states
-(1, B, H), and biases of no elements for a layer that has none::
+A module may add forward scans with the input projection included: for any case, and for few steps and
+sequences, where states are (1, B, H) and biases have no elements if a layer has none::
 
+    {rnn,lstm,gru}_layer(x, *states, weight_hh, *, weight_ih=None, bias=None, index=None, and as the scan's)
+        -> as the scan's: step t of sequence b reads row index[t, b] of x, else row t*B+b, which is multiplied
+        with weight_ih (G*H, I), or is (G*H) already; bias (G*H,) is added
     lstm_short(x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh) -> output, h_n, c_n
     gru_short(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh) -> output, h_n
     rnn_short(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, *, nonlinearity="tanh") -> output, h_n
@@ -140,9 +143,10 @@ def _choose(namespace: str, case: Case, only: str) -> Kernels:
             else:
                 refused[name][module_name] = reason
     for name, module_name in list(modules.items()):
-        short = name.replace("_forward", "_short")
-        if short != name and hasattr(_load(module_name), short):
-            functions[short] = getattr(_load(module_name), short)
+        for kind in ("_layer", "_short"):
+            more = name.replace("_forward", kind)
+            if more != name and hasattr(_load(module_name), more):
+                functions[more] = getattr(_load(module_name), more)
     return Kernels(case, functions, modules, refused)
 
 

@@ -1,7 +1,7 @@
 // A device made of fibers: enough of CUDA C++ for g++ to compile a kernel file and host.cpp to run it.
 //
 // It shows wrong arithmetic, wrong addresses, missing and divergent barriers, reads of memory that nobody
-// wrote. It cannot show the memory order between threads of a real device, bank conflicts, or speed.
+// wrote, and races (races.h). It cannot show what a real device makes of fences, bank conflicts, or speed.
 
 #pragma once
 
@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #define RNNKIT_HOST
@@ -32,10 +33,21 @@ unsigned char* shared_memory();
 // Each waits until all that it concerns are at the same line; what others brought is then in `lanes`.
 void block_barrier(int line);
 void whole_grid_barrier(int line);
-const uint64_t* warp_barrier(unsigned mask, uint64_t value, int line);
+const uint64_t* warp_barrier(unsigned mask, uint64_t value, int line, bool orders = false);
 unsigned block_count(bool predicate, int line);  // how many threads of the block say yes
-void yield();
+void yield(int line);  // ends the turn of a thread that spins
 unsigned lane();
+void count_poll(int line);
+void announce(const void* where, std::size_t size, bool write, const void* from = nullptr);
+void release(const void* where, bool add);
+void acquire(const void* where);
+// A warp-wide product d += a b, made when all lanes have arrived; bit patterns as PTX lays out fragments.
+enum Multiply { NOTHING, FLOAT16, BFLOAT16, TF32 };
+void multiply(Multiply what, float* d, const unsigned* a, const unsigned* b, int line);
+// 16 bytes to shared memory, NaN from the copy to the wait; null stands for zeros.
+void copy_async(void* shared, const void* global, int line);
+void copy_commit();
+void copy_wait(unsigned later);
 [[noreturn]] void fail(const char* what, int line);
 
 template <class T>
@@ -69,7 +81,7 @@ inline unsigned in_segment(long source, unsigned width) {
 #define __syncthreads() host::block_barrier(__LINE__)
 #define __syncthreads_or(p) (host::block_count(p, __LINE__) != 0)
 #define __syncthreads_count(p) int(host::block_count(p, __LINE__))
-#define __syncwarp(...) ((void)host::warp_barrier(host::mask_of(__VA_ARGS__), 0, __LINE__))
+#define __syncwarp(...) ((void)host::warp_barrier(host::mask_of(__VA_ARGS__), 0, __LINE__, true))
 #define __shfl_sync(mask, value, source, ...) \
     host::shuffle(mask, value, host::first_of(source, ##__VA_ARGS__), __LINE__)
 #define __shfl_xor_sync(mask, value, lanes) host::shuffle(mask, value, host::lane() ^ (lanes), __LINE__)
@@ -82,7 +94,7 @@ inline unsigned in_segment(long source, unsigned width) {
 #define __all_sync(mask, p) (host::ballot(mask, !(p), __LINE__) == 0)
 #define grid_barrier() host::whole_grid_barrier(__LINE__)
 // A thread that spins on memory sleeps in between, or no other would run.
-#define __nanosleep(ns) host::yield()
+#define __nanosleep(ns) host::yield(__LINE__)
 
 namespace host {
 inline unsigned mask_of(unsigned mask = 0xffffffffu) { return mask; }
@@ -99,21 +111,29 @@ template <class T>
 T __ldg(const T* p) {
     return *p;
 }
+// Atomic accesses race with nobody, and order nothing but by release and acquire; see races.h.
+#define ATOMIC __attribute__((no_sanitize("thread"))) inline
 template <class T>
-T atomicAdd(T* p, T value) {
-    return std::exchange(*p, *p + value);
+ATOMIC T replace(T* p, T value) {
+    const T before = *p;
+    *p = value;
+    return before;
 }
 template <class T>
-T atomicMax(T* p, T value) {
-    return std::exchange(*p, *p < value ? value : *p);
+ATOMIC T atomicAdd(T* p, T value) {
+    return replace(p, *p + value);
 }
 template <class T>
-T atomicExch(T* p, T value) {
-    return std::exchange(*p, value);
+ATOMIC T atomicMax(T* p, T value) {
+    return replace(p, *p < value ? value : *p);
 }
 template <class T>
-T atomicCAS(T* p, T expected, T value) {
-    return std::exchange(*p, *p == expected ? value : *p);
+ATOMIC T atomicExch(T* p, T value) {
+    return replace(p, value);
+}
+template <class T>
+ATOMIC T atomicCAS(T* p, T expected, T value) {
+    return replace(p, *p == expected ? value : *p);
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
@@ -136,10 +156,56 @@ inline unsigned bits_of_float(float x) {
 float float_of_half(unsigned short bits);
 unsigned short half_of_float(float x);
 
-// --------------------------------------------------------------------- how Python reaches a kernel
+// ------------------------------------------------------------------------ of sync.cuh and tensor.cuh
 
 struct float16;
 struct bfloat16;
+
+ATOMIC unsigned load_acquire(const unsigned* p, int line = __builtin_LINE()) {
+    host::count_poll(line);
+    host::acquire(p);
+    return *p;
+}
+ATOMIC void store_release(unsigned* p, unsigned value) {
+    host::release(p, false);
+    *p = value;
+}
+ATOMIC unsigned add_release(unsigned* p, unsigned value) {
+    host::release(p, true);
+    return replace(p, *p + value);
+}
+ATOMIC unsigned load_system(const unsigned* p) { return *p; }
+ATOMIC void store_system(unsigned* p, unsigned value) { *p = value; }
+inline void pause(int line = __builtin_LINE()) { host::yield(line); }
+inline void copy_async(void* shared, const void* global, bool there, int line = __builtin_LINE()) {
+    if (global == nullptr) host::fail("a copy from nowhere", line);
+    if (std::size_t(global) % 16) host::fail("a misaligned copy", line);  // also of nothing
+    host::copy_async(shared, there ? global : nullptr, line);
+}
+inline void copy_commit() { host::copy_commit(); }
+template <int LATER>
+void copy_wait() {
+    host::copy_wait(LATER);
+}
+
+template <class Half>  // float16 or bfloat16
+void mma_16x8x16(
+    float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], Half, int line = __builtin_LINE()) {
+    constexpr bool is_float16 = std::is_same_v<Half, float16>;
+    static_assert(is_float16 || std::is_same_v<Half, bfloat16>, "of half precision");
+    host::multiply(is_float16 ? host::FLOAT16 : host::BFLOAT16, d, a, b, line);
+}
+inline void mma_16x8x8(
+    float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], int line = __builtin_LINE()) {
+    host::multiply(host::TF32, d, a, b, line);
+}
+// To nearest, ties away from zero, as cvt.rna does; a NaN stays one.
+inline unsigned tf32(float x) {
+    const unsigned bits = bits_of_float(x);
+    return x != x ? 0x7fffe000 : (bits + (std::isinf(x) ? 0 : 0x1000)) & 0xffffe000;
+}
+
+// --------------------------------------------------------------------- how Python reaches a kernel
 
 namespace host {
 

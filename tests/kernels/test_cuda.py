@@ -194,9 +194,26 @@ def test_whole_layers_in_bfloat16(cuda, rng, monkeypatch, cell):
 def test_explain_says_how_products_are_rounded(cuda, loader, monkeypatch):
     for dtype in ("float32", "float16"):
         assert "full float32" in cuda.note("lstm_forward", Case("lstm", dtype, 8))
-    assert cuda.note("lstm_forward", Case("lstm", "float64", 8)) is None
+    assert "float32" not in cuda.note("lstm_forward", Case("lstm", "float64", 8))
+    assert cuda.note("matmul", Case("matmul", "float64", 0)) is None
     monkeypatch.setattr(loader.cupy._core, "get_compute_type", lambda dtype: "TF32")
     assert "products in TF32" in cuda.note("matmul", Case("matmul", "float32", 0))
+
+
+def test_explain_says_whether_a_sequence_is_one_launch(cuda, monkeypatch):
+    case = Case("lstm", "bfloat16", 64)
+    monkeypatch.delenv("RNNKIT_PERSISTENT", raising=False)
+    for off in ("", "0"):
+        monkeypatch.setenv("RNNKIT_PERSISTENT", off)
+        assert "step by step (RNNKIT_PERSISTENT=1 takes" in cuda.note("lstm_forward", case)
+    monkeypatch.setenv("RNNKIT_PERSISTENT", "1")
+    assert "one launch a sequence" in cuda.note("lstm_forward", case)
+    for other, why in [
+        (case._replace(dtype="float64"), "float64"),
+        (case._replace(hidden_size=1 << 16), "do not fit"),
+        (case._replace(proj_size=3), "a projection"),
+    ]:
+        assert re.search(f"step by step: .*{why}", cuda.note("lstm_forward", other))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="says what is so without CuPy")
@@ -292,7 +309,7 @@ def test_rows_of_a_table_in_any_memory_order(cuda, rng):
 def test_sources_need_no_cuda_headers(path):
     """NVRTC finds none by itself, and an installation of CuPy may have none."""
     includes = re.findall(r"^\s*#\s*include\s*(\S+)", path.read_text(), re.MULTILINE)
-    assert set(includes) <= {'"common.cuh"', '"reduce.cuh"'}
+    assert set(includes) <= {f'"{header.name}"' for header in PACKAGE.glob("*.cuh")}
     assert "__shared__" not in path.read_text().replace(
         "extern __shared__ __align__(16) unsigned char shared_[]", ""
     )

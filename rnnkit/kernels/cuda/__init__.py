@@ -1,6 +1,7 @@
-"""Kernels for CuPy arrays: a matrix product and one fused kernel a time step.
+"""Kernels for CuPy arrays: a matrix product and one fused kernel a time step, or a scan in one launch.
 
-Nothing here has been measured on a GPU yet. What shapes the code:
+Nothing here has been measured on a GPU yet. What shapes the code of the steps (of whole scans, which are off
+unless asked for, persistent.cuh says it):
 
 - A launch takes the host some microseconds, in which the device could do many a step. So there are few: 2 a
   step, 4 with a projection, and a few around the loop. Nothing is sliced or allocated in a loop; a kernel
@@ -22,18 +23,24 @@ device, and memory comes from CuPy's current allocator.
 from __future__ import annotations
 
 from .._case import Case
-from . import _loader
+from . import _loader, _persistent
 from ._around import embedding_backward, matmul
 from ._gru import gru_backward, gru_forward
 from ._lstm import lstm_backward, lstm_forward
+from ._plan import Plan, Scan
+from ._plan import step_times as _step_times
 from ._rnn import rnn_backward, rnn_forward
+from ._source import FOLDER
 from ._training import adam, clip, softmax_cross_entropy
 
 __all__ = [
     "adam", "clip", "embedding_backward", "gru_backward", "gru_forward", "lstm_backward", "lstm_forward",
-    "matmul", "rnn_backward", "rnn_forward", "softmax_cross_entropy", "why_not",
+    "matmul", "rnn_backward", "rnn_forward", "softmax_cross_entropy", "step_times", "whole_sequence",
+    "why_not",
 ]  # fmt: skip
 
+# Of which `note` says the largest that fits.
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _WITHOUT_PRODUCTS = ("adam", "clip", "embedding_backward", "softmax_cross_entropy")
 
 
@@ -42,10 +49,49 @@ def why_not(name: str, case: Case) -> str | None:
     return None
 
 
+def whole_sequence(name: str, case: Case, B: int) -> Plan | str:
+    """Return how a scan of B sequences is laid out in one launch on the current device, or why it is not.
+
+    That is what ``RNNKIT_PERSISTENT=1`` would do; this does not ask whether it is set.
+    """
+    if not (FOLDER / f"persistent_{name}.cu").exists():
+        return f"there is no such kernel for {name}"
+    if case.proj_size:
+        return "not with a projection"
+    return _persistent.layout_of(case.cell, name.endswith("_backward"), case.dtype, B, case.hidden_size)
+
+
+def step_times(name: str, case: Case, B: int) -> dict[str, float]:
+    """Return estimated seconds of the parts of a step of such a scan; none where it is not one launch."""
+    layout, tf32 = whole_sequence(name, case, B), _loader.precision("float32") == "TF32"
+    if isinstance(layout, str):
+        return {}
+    scan = Scan(case.cell, name.endswith("_backward"), case.dtype, tf32, B, case.hidden_size)
+    return _step_times(layout, scan, _loader.limits())
+
+
 def note(name: str, case: Case) -> str | None:
-    """Say how float32 products are rounded: in half precision those of the gradients are float32 as well."""
-    if case.dtype == "float64" or name in _WITHOUT_PRODUCTS:
-        return None
-    setting = _loader.precision("float32")
-    meaning = "TF32" if setting == "TF32" else "full float32"
-    return f"float32 products in {meaning}: CuPy's compute type {setting} (CUPY_TF32=1 means TF32)"
+    """Say how float32 products are rounded, and whether a scan is one launch.
+
+    In half precision the products of the gradients are float32 as well.
+    """
+    parts = []
+    if case.dtype != "float64" and name not in _WITHOUT_PRODUCTS:
+        setting = _loader.precision("float32")
+        meaning = "TF32" if setting == "TF32" else "full float32"
+        parts.append(f"float32 products in {meaning}: CuPy's compute type {setting} (CUPY_TF32=1 means TF32)")
+    if name.removesuffix("_forward").removesuffix("_backward") in ("rnn", "lstm", "gru"):
+        parts.append(_launches(name, case))
+    return "; ".join(parts) or None
+
+
+def _launches(name: str, case: Case) -> str:
+    """Say whether a scan is one launch, for how many sequences, or why not."""
+    if not _persistent.enabled():
+        return "step by step (RNNKIT_PERSISTENT=1 takes one launch a sequence; never tried on a device)"
+    layouts = {B: whole_sequence(name, case, B) for B in _BATCHES}
+    fitting = [B for B, layout in layouts.items() if isinstance(layout, Plan)]
+    if not fitting:
+        return f"step by step: {layouts[1]}"
+    more = " or more" if fitting[-1] == _BATCHES[-1] else ""
+    return f"one launch a sequence (RNNKIT_PERSISTENT=1) for {fitting[-1]} sequences{more}"

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from ..._array import namespace_of
 from ..._typing import Array
+from . import _persistent
 from ._loader import product
 from ._step import copy_as, elementwise, run, steps
 
@@ -32,8 +33,17 @@ def gru_forward(
     """Return output (T, B, H), h_n (B, H) and what the backward scan needs."""
     xp, dtype = namespace_of(gates), str(h_0.dtype)
     T, (B, H) = gates.shape[0], h_0.shape
-    h, output = copy_as(h_0, h_0.dtype), xp.empty((T, B, H), dtype=h_0.dtype)
+    output = xp.empty((T, B, H), dtype=h_0.dtype)
     recurrent_n = xp.empty((T, B, H), dtype=gates.dtype) if save else None
+    saved = GRUSaved(gates, recurrent_n, output, h_0, lengths, reverse) if save else None
+    layout = _persistent.chosen("gru", False, dtype, T, B, H)
+    if layout is not None:
+        h = xp.empty((B, H), dtype=h_0.dtype)
+        args = gates, bias_hn, h_0, output, h, recurrent_n
+        _persistent.there(layout, "gru", weight_hh, h_0, output, args, lengths, reverse)
+        return output, h, saved
+
+    h = copy_as(h_0, h_0.dtype)
     recurrent = xp.empty((B, 3 * H), dtype=gates.dtype)
     arguments = gates, recurrent, bias_hn, recurrent_n, h, output, lengths
     run(
@@ -41,7 +51,7 @@ def gru_forward(
         product(h, weight_hh.T, recurrent),
         elementwise("gru", "gru_forward", dtype, B, H, arguments),
     )
-    return output, h, GRUSaved(gates, recurrent_n, output, h_0, lengths, reverse) if save else None
+    return output, h, saved
 
 
 def gru_backward(
@@ -51,6 +61,13 @@ def gru_backward(
     gates, recurrent_n, output, h_0, lengths, reverse = saved
     xp, dtype = namespace_of(gates), str(d_output.dtype)
     T, B, H = output.shape
+    layout = _persistent.chosen("gru", True, dtype, T, B, H)
+    if layout is not None:
+        d_h_0 = xp.empty((B, H), dtype=d_h_n.dtype)
+        args = gates, recurrent_n, output, h_0, d_output, d_h_n, d_h_0
+        _persistent.back(layout, "gru", weight_hh, d_output, args, lengths, reverse)
+        return gates, d_h_0, recurrent_n
+
     d_w, d_h = xp.empty((B, 3 * H), dtype=gates.dtype), copy_as(d_h_n, gates.dtype)
     arguments = gates, recurrent_n, output, h_0, d_w, d_h, d_output, lengths, T, int(reverse)
     run(

@@ -7,6 +7,7 @@ place. Everything goes to the current stream of the current device, and nothing 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -15,14 +16,18 @@ import cupy
 import numpy as np
 from cupy_backends.cuda.libs import cublas
 
+from ..._array import on_arrival
 from ..._typing import Array
-from ._source import FOLDER, options, source
+from ._plan import Limits
+from ._source import FOLDER, Macros, options, source
 
 Launch = Callable[..., None]
 
 
 @cache
-def kernel(file: str, name: str, dtype: str, vector: int = 1) -> Launch:
+def kernel(
+    file: str, name: str, dtype: str, vector: int = 1, macros: Macros = (), cooperative: bool = False
+) -> Launch:
     """Return ``launch(grid, block, args, shared=0)`` of a kernel; it is compiled on first use.
 
     Parameters
@@ -33,28 +38,115 @@ def kernel(file: str, name: str, dtype: str, vector: int = 1) -> Launch:
         Of the variant: "float32" and so on.
     vector : int
         How many neighbouring elements a thread works on.
+    macros : tuple of (str, int)
+        What else the variant defines.
+    cooperative : bool
+        All blocks of a launch are there at the same time, so that they may wait for each other. The grid is
+        (1, n) then: where a grid (n, 1) does not fit CuPy launches fewer blocks and only warns, and those
+        would wait for the others for ever.
 
     Notes
     -----
     `args` are arrays, None for a null pointer, and Python integers and floats, which arrive as long long and
     double. An array is its address: strides are not seen. `shared` is dynamic shared memory in bytes.
+
+    Raises
+    ------
+    ValueError
+        By a cooperative launch: its blocks do not fit on the device at the same time.
     """
-    raw = _module(file, dtype, vector).get_function(name)
+    raw = _module(file, dtype, vector, macros, cooperative).get_function(name)
+    most_shared: dict[int, int] = {}  # by device: the function's attribute, which differs between them
 
     def launch(grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared: int = 0) -> None:
+        if shared > _UNASKED_SHARED:
+            device = cupy.cuda.runtime.getDevice()
+            if shared > most_shared.get(device, _UNASKED_SHARED):
+                raw.max_dynamic_shared_size_bytes = most_shared[device] = shared
+        if cooperative and (grid[0] != 1 or len(grid) < 2):
+            raise ValueError(f"a cooperative grid is (1, n), got {grid}")
         raw(grid, block, args, shared_mem=shared)
 
     return launch
 
 
+# Bytes of shared memory that a block gets without asking, on every device.
+_UNASKED_SHARED = 48 << 10
+
+
 @cache
-def _module(file: str, dtype: str, vector: int) -> Any:
-    return cupy.RawModule(code=source(FOLDER / f"{file}.cu"), options=options(dtype, vector))
+def _module(file: str, dtype: str, vector: int, macros: Macros, cooperative: bool) -> Any:
+    return cupy.RawModule(
+        code=source(FOLDER / f"{file}.cu"), options=options(dtype, vector, macros),
+        enable_cooperative_groups=cooperative,
+    )  # fmt: skip
 
 
 def address(array: Array) -> int:
     """Return where an array's first element lies."""
     return int(array.data.ptr)
+
+
+# ------------------------------------------------------------------------------------- the device
+
+
+def limits() -> Limits:
+    """Return what the current device has."""
+    return _limits(cupy.cuda.runtime.getDevice())
+
+
+@cache
+def _limits(device: int) -> Limits:
+    this = cupy.cuda.Device(device)
+    number, has = int(this.compute_capability), this.attributes
+    return Limits(
+        # Without cooperative launches, as under some virtual machines, no blocks can wait for each other.
+        has["MultiProcessorCount"] if has["CooperativeLaunch"] else 0,
+        has["MaxSharedMemoryPerBlockOptin"],
+        has["MaxRegistersPerMultiprocessor"],
+        divmod(number, 10),
+    )
+
+
+class ErrorFlag:
+    """A number in memory of the host into which a kernel writes when it gives up waiting.
+
+    The kernel's own results are then wrong, and the host must hear of it although nothing waits for the
+    device: `check` is called before every launch that may fail so, and whenever values have arrived on the
+    host through `rnnkit.to_numpy`.
+
+    Attributes
+    ----------
+    address : int
+        Where a kernel finds it. CUDA maps all page-locked memory into the address space of all devices.
+    """
+
+    def __init__(self) -> None:
+        self._memory = cupy.cuda.alloc_pinned_memory(4)
+        self._value = np.frombuffer(self._memory, np.uint32, 1)
+        self._value[0] = 0
+        self._lock = threading.Lock()
+        self.address = int(self._memory.ptr)
+
+    def check(self) -> None:
+        """Raise RuntimeError if a kernel has failed since the last call."""
+        if not self._value[0]:
+            return
+        with self._lock:
+            failed, self._value[0] = bool(self._value[0]), 0
+        if failed:
+            raise RuntimeError(
+                "a whole-sequence kernel gave up: its blocks waited too long for each other, and what was "
+                "computed since the last check may be wrong. Set RNNKIT_PERSISTENT=0 and compute it again"
+            )
+
+
+@cache
+def error_flag() -> ErrorFlag:
+    """Return the process's only error flag."""
+    flag = ErrorFlag()
+    on_arrival(flag.check)
+    return flag
 
 
 # ---------------------------------------------------------------------------------- matrix products

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from ..._array import namespace_of
 from ..._typing import Array
+from . import _persistent
 from ._loader import product
 from ._step import Step, copy_as, elementwise, run, steps
 
@@ -26,9 +27,17 @@ def lstm_forward(
     """Return output (T, B, P), h_n (B, P), c_n (B, H) and what the backward scan needs."""
     xp, dtype = namespace_of(gates), str(h_0.dtype)
     (T, B, _), (_, P), (_, H) = gates.shape, h_0.shape, c_0.shape
-    h, c = copy_as(h_0, h_0.dtype), copy_as(c_0, c_0.dtype)
     output = xp.empty((T, B, P), dtype=h_0.dtype)
     c_prev = xp.empty((T, B, H), dtype=gates.dtype) if save else None
+    saved = LSTMSaved(gates, c_prev, lengths, reverse) if save else None
+    layout = _persistent.chosen("lstm", False, dtype, T, B, H) if weight_hr is None else None
+    if layout is not None:
+        h, c = xp.empty((B, H), dtype=h_0.dtype), xp.empty((B, H), dtype=c_0.dtype)
+        args = gates, h_0, c_0, output, h, c, c_prev
+        _persistent.there(layout, "lstm", weight_hh, h_0, output, args, lengths, reverse)
+        return output, h, c, saved
+
+    h, c = copy_as(h_0, h_0.dtype), copy_as(c_0, c_0.dtype)
     m = None if weight_hr is None else xp.empty((B, H), dtype=gates.dtype)
 
     calls = [
@@ -38,7 +47,6 @@ def lstm_forward(
     if weight_hr is not None:
         calls += _projection(m, weight_hr, h, output, lengths)
     run(steps(gates, reverse), *calls)
-    saved = LSTMSaved(gates, c_prev, lengths, reverse) if save else None
     return output, h, c, saved
 
 
@@ -61,6 +69,13 @@ def lstm_backward(
     gates, c_prev, lengths, reverse = saved
     xp, dtype = namespace_of(gates), str(d_output.dtype)
     (T, B, P), H = d_output.shape, c_prev.shape[2]
+    layout = _persistent.chosen("lstm", True, dtype, T, B, H) if weight_hr is None else None
+    if layout is not None:
+        d_h_0, d_c_0 = xp.empty((B, H), dtype=d_h_n.dtype), xp.empty((B, H), dtype=d_c_n.dtype)
+        args = gates, c_prev, d_output, d_h_n, d_c_n, d_h_0, d_c_0
+        _persistent.back(layout, "lstm", weight_hh, d_output, args, lengths, reverse)
+        return gates, d_h_0, d_c_0
+
     d_h, d_c = copy_as(d_h_n, gates.dtype), copy_as(d_c_n, gates.dtype)
     weight = xp.astype(weight_hh, gates.dtype, copy=False)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 
+Macros = tuple[tuple[str, int], ...]
+
 # The types of common.cuh for a dtype: what is stored, what is computed in.
 _TYPES = {
     "float32": ("float", "float"),
@@ -25,7 +27,8 @@ def source(path: Path) -> str:
     return _INCLUDE.sub(lambda line: (FOLDER / line[1]).read_text(), path.read_text())
 
 
-def options(dtype: str, vector: int) -> tuple[str, ...]:
-    """Return the compiler options of a variant; common.cuh says what they mean."""
+def options(dtype: str, vector: int = 1, macros: Macros = ()) -> tuple[str, ...]:
+    """Return the compiler options of a variant; common.cuh, or the file itself, says what they mean."""
     store, real = _TYPES[dtype]
-    return "-std=c++17", f"-DSTORE={store}", f"-DREAL={real}", f"-DVECTOR={vector}"
+    more = (f"-D{name}={value}" for name, value in macros)
+    return "-std=c++17", f"-DSTORE={store}", f"-DREAL={real}", f"-DVECTOR={vector}", *more

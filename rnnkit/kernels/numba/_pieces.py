@@ -59,30 +59,35 @@ PAGES = 32
 
 
 @compiled
-def pack_forward(weight: Any, gates: int, H: int, panels: Any, low: int, high: int) -> None:
-    """Pack the transpose of weight (gates * H, H): for each block the panels (H, lanes) of all its gates.
+def pack_forward(weight: Any, gates: int, H: int, K: int, panels: Any, low: int, high: int) -> None:
+    """Pack the transpose of weight (gates * H, K): for each block the panels (K, lanes) of all its gates.
 
     Only the blocks from `low` to `high`, so that threads can share the work.
     """
     U = lanes(weight)
     square = np.empty(2 * U * U, weight.dtype)
     for block in range(low, high):
-        first, at = block * U, block * gates * H * U
+        first, at = block * U, block * gates * K * U
         n = min(U, H - first)
         for gate in range(gates):
-            row = (gate * H + first) * H
-            for k in range(0, H, U):
-                depth = min(U, H - k)
+            row = (gate * H + first) * K
+            # Where the next rows begin: so many short ones no processor foresees. After a scan, whose arrays
+            # have taken the caches, (512, 128) weights took 66 to 93 us without this, 41 to 64 with it.
+            ahead = row + H * K if gate + 1 < gates else (first + U) * K
+            for k in range(0, K, U):
+                depth = min(U, K - k)
+                for u in range(U):
+                    prefetch(weight, min(ahead + u * K + k, weight.size - 1))
                 if n == U and depth == U:
-                    transpose(weight, row + k, H, panels, at + k * U)
+                    transpose(weight, row + k, K, panels, at + k * U)
                     continue
                 for u in range(U):
                     here = depth if u < n else 0
-                    store(square, u * U, load_part(weight, row + u * H + k, here))
+                    store(square, u * U, load_part(weight, row + u * K + k, here))
                 transpose(square, 0, U, square, U * U)
                 for i in range(depth):
                     store(panels, at + (k + i) * U, load(square, (U + i) * U))
-            at += H * U
+            at += K * U
 
 
 @compiled

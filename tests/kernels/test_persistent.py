@@ -1,0 +1,365 @@
+"""Scans in one launch on the host device: every cell, product and way of exchange against the reference.
+
+A layout is made by hand here, small enough for a host and yet with several blocks, groups, warps and chunks;
+what `_plan.py` would choose for a device is tested at the end. It cannot be seen here whether a store of one
+block reaches another in the order that the code asks for.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from host_device import ORDERS, fenced, on_host
+from test_kernels import TOLERANCE, Problem, assert_agrees, assert_close, problem
+
+import rnnkit
+from rnnkit.kernels import _choose, reference
+
+# Of a TF32 product, in units of the largest entry: float16 has as many digits.
+TF32 = TOLERANCE["float16"]
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    module = on_host()
+    module.device.launches.clear()
+    monkeypatch.setenv("RNNKIT_PERSISTENT", "1")
+    yield module
+    module.device.order = "forward"
+
+
+@pytest.fixture
+def persistent(cuda):
+    return cuda.parts[f"{cuda.__name__}._persistent"]
+
+
+@pytest.fixture
+def plans(cuda):
+    return cuda.parts[f"{cuda.__name__}._plan"]
+
+
+@pytest.fixture
+def take(monkeypatch, persistent, plans):
+    """Return a function that makes all scans take layouts made by hand, given for each direction."""
+
+    def take(there: dict[str, int], back: dict[str, int], tf32: bool = False) -> None:
+        def chosen(cell, backward, dtype, T, B, H):
+            scan = plans.Scan(cell, backward, dtype, tf32, B, H)
+            return by_hand(plans, scan, **(back if backward else there))
+
+        monkeypatch.setattr(persistent, "chosen", chosen)
+
+    return take
+
+
+def by_hand(plans, scan, units, n_tiles=1, warps_m=1, warps_k=1, chunks=1, in_shared=0):
+    windows = -(-scan.operands * scan.operand_bytes // 64)
+    tiles = -(-units * (1 if scan.backward else scan.gates) // 16)
+    return plans.Plan(
+        product=scan.product, units=units, n_tiles=n_tiles, tiles_m=-(-tiles // warps_m), warps_m=warps_m,
+        warps_k=warps_k, windows=-(-windows // (warps_k * chunks)), chunks=chunks, in_shared=in_shared,
+        grid=units < scan.H,
+    )  # fmt: skip
+
+
+def in_fences(case: Problem) -> Problem:
+    """Return the problem with all arrays between fences full of NaN."""
+
+    def moved(array):
+        if not isinstance(array, np.ndarray):
+            return array
+        copy = fenced(array.shape, array.dtype)
+        copy[...] = array
+        return copy
+
+    return case._replace(
+        states=[moved(state) for state in case.states], weight_hh=moved(case.weight_hh),
+        options={name: moved(value) for name, value in case.options.items()}, lengths=moved(case.lengths),
+        d_output=moved(case.d_output), d_states=[moved(state) for state in case.d_states],
+    )  # fmt: skip
+
+
+# One block a group; several; with several warps either way; the gradients of all gates in chunks. H = 24 has
+# rows that begin on multiples of 16 bytes, H = 23 none, and neither fills its tiles.
+ALONE = {"units": 24, "warps_m": 2, "warps_k": 1}
+SEVERAL = {"units": 8, "warps_m": 1, "warps_k": 2}
+LAYOUTS = {
+    "alone": (ALONE, ALONE | {"warps_k": 2}),
+    "several": (SEVERAL, SEVERAL),
+    "chunks": (SEVERAL | {"n_tiles": 2}, {"units": 16, "n_tiles": 2, "warps_k": 2, "chunks": 3}),
+    "in_shared": ({"units": 8, "in_shared": 1}, {"units": 16, "chunks": 2, "in_shared": 1}),
+}
+# Variant of a cell, dtype, TF32, H, layout.
+CASES = [
+    ("lstm", "bfloat16", False, 24, "alone"),
+    ("lstm", "bfloat16", False, 24, "several"),
+    ("lstm", "bfloat16", False, 40, "chunks"),
+    ("lstm", "bfloat16", False, 40, "in_shared"),
+    ("lstm", "bfloat16", False, 23, "several"),
+    ("lstm", "float16", False, 24, "several"),
+    ("lstm", "float32", True, 24, "several"),
+    ("lstm", "float32", False, 24, "alone"),
+    ("lstm", "float32", False, 39, "in_shared"),
+    ("lstm", "float32", False, 23, "chunks"),
+    ("gru", "bfloat16", False, 24, "several"),
+    ("gru-bias", "float32", False, 23, "alone"),
+    ("rnn-tanh", "bfloat16", False, 24, "several"),
+    ("rnn-relu", "float32", False, 23, "alone"),
+]
+
+
+@pytest.mark.parametrize(("variant", "dtype", "tf32", "H", "layout"), CASES)
+def test_agrees_with_the_reference(cuda, take, rng, variant, dtype, tf32, H, layout):
+    """In any order of threads; 5 sequences fill no tile of 8, 19 need several groups."""
+    take(*LAYOUTS[layout], tf32=tf32)
+    orders = itertools.cycle(ORDERS)
+    for B, ragged, reverse in itertools.product((5, 19), ("none", "unsorted", "zero"), (False, True)):
+        cuda.device.order = next(orders)
+        T = 2 if ragged == "zero" else 5
+        seed = int(rng.integers(1 << 30))
+        case = problem(variant, dtype, T, B, H, ragged=ragged, reverse=reverse, seed=seed)
+        agrees(in_fences(case), cuda, dtype, TF32 if tf32 else TOLERANCE[dtype])
+    assert set(cuda.device.launches) == {
+        f"{variant.partition('-')[0]}_{way}_persistent" for way in ("forward", "backward")
+    }
+
+
+@pytest.mark.parametrize("layout", ["alone", "several"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_arrays_at_odd_addresses(cuda, take, rng, dtype, layout):
+    """Nothing of theirs is loaded or copied by more than an element at a time."""
+
+    def odd(array):
+        memory = fenced((array.size + 1,), array.dtype)
+        memory[1:] = array.reshape(-1)
+        return memory[1:].reshape(array.shape)
+
+    take(*LAYOUTS[layout])
+    case = problem("lstm", dtype, 3, 5, 24, ragged="unsorted", seed=int(rng.integers(1 << 30)))
+    case = case._replace(
+        states=[odd(state) for state in case.states], weight_hh=odd(case.weight_hh),
+        d_output=odd(case.d_output), d_states=[odd(state) for state in case.d_states],
+    )  # fmt: skip
+    agrees(case, cuda, dtype, TOLERANCE[dtype])
+
+
+def agrees(case, module, dtype, tolerance):
+    if tolerance == TOLERANCE[dtype]:
+        return assert_agrees(case, module, dtype)
+    (results, gradients), (expected, d_expected) = case.both(module), case.both(reference)
+    for ours, theirs in zip(results, expected, strict=True):
+        assert_close(ours, theirs, tolerance, "result")
+    for ours, theirs in zip(gradients, d_expected, strict=True):
+        assert_close(ours, theirs, 2 * tolerance, "gradient")
+    return None
+
+
+def test_tf32_is_what_was_asked_for(cuda, take):
+    """The products are rounded with TF32, and not without."""
+    case = problem("lstm", "float32", 2, 3, 24, seed=1)
+    exact, errors = case.forward(reference)[0], []
+    for tf32 in (False, True):
+        take(SEVERAL, SEVERAL, tf32=tf32)
+        errors.append(np.abs(case.forward(cuda)[0] - exact).max())
+    assert errors[0] < 1e-6 < 1e-5 < errors[1] < TF32
+
+
+@pytest.mark.parametrize("layout", ["alone", "several"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_padding_is_never_read_and_always_zero(cuda, take, layout, reverse):
+    take(*LAYOUTS[layout])
+    cuda.device.order = "shuffled"
+    clean, dirty = (
+        problem("lstm", "bfloat16", 6, 11, 24, ragged="unsorted", reverse=reverse, seed=3, poison=poison)
+        for poison in (0.0, np.nan)
+    )
+    padding = np.arange(6)[:, None] >= clean.lengths[None, :]
+    assert padding.any()
+    results = [list(itertools.chain(*case.both(cuda))) for case in (dirty, clean)]
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.ndim < 3 or not ours[padding].any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [("bfloat16", "alone"), ("bfloat16", "several"), ("float32", "alone")]
+)
+def test_nan_and_infinity_pass_through(cuda, take, dtype, layout):
+    """They reach what they reach in the reference, no other sequence, and nobody waits for ever."""
+    take(*LAYOUTS[layout])
+    case = problem("lstm", dtype, 4, 5, 24, seed=2)
+    case.gates[1, 1, 3], case.gates[2, 2, 30], case.states[0][3, 5] = np.nan, np.inf, np.nan
+    case.d_output[1, 0, 2], case.d_output[2, 4, 7] = np.inf, np.nan
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = list(itertools.chain(*case.both(reference)))
+    for ours, theirs in zip(itertools.chain(*case.both(cuda)), expected, strict=True):
+        ours, theirs = ours.astype(np.float32), theirs.astype(np.float32)
+        for kind in (np.isnan, np.isposinf, np.isneginf):
+            np.testing.assert_array_equal(kind(ours), kind(theirs))
+        finite = np.isfinite(theirs)
+        assert not finite.all()
+        np.testing.assert_allclose(ours[finite], theirs[finite], rtol=0, atol=8 * TOLERANCE[dtype])
+
+
+def test_more_sequences_than_are_sorted(cuda, take):
+    """Then they stay in their order."""
+    take({"units": 4, "n_tiles": 8}, {})
+    case = problem("rnn-tanh", "float32", 2, 2100, 4, ragged="unsorted")
+    for ours, theirs in zip(case.forward(cuda)[:2], case.forward(reference)[:2], strict=True):
+        assert_close(ours, theirs, TOLERANCE["float32"], "result")
+
+
+def test_a_group_is_done_with_its_longest_sequence(cuda, take, monkeypatch, rng):
+    """Sequences are taken by length: in one long group of two only one block has many steps to wait in."""
+    take(SEVERAL, SEVERAL)
+    lengths = rng.permutation(np.repeat([9, 1], 8))
+    case = problem("lstm", "bfloat16", 9, 16, 24, seed=5)._replace(lengths=lengths)
+    case.d_output[np.arange(9)[:, None] >= lengths[None, :]] = 0
+    told = flags_of(cuda, monkeypatch)
+    agrees(case, cuda, "bfloat16", TOLERANCE["bfloat16"])
+    for flags, steps in zip(told, (9, 10, 9), strict=True):  # there, back with one product more, without save
+        np.testing.assert_array_equal(flags, [0, *[steps] * 3, *[steps - 8] * 3])
+
+
+def flags_of(cuda, monkeypatch):
+    """Return a list that gets the flags of each launch."""
+    loader, told = cuda.parts[f"{cuda.__name__}._loader"], []
+    kernel = loader.kernel
+
+    def watched(*names, **options):
+        launch = kernel(*names, **options)
+
+        def watching(grid, block, args, shared=0):
+            told.extend(arg for arg in args if isinstance(arg, np.ndarray) and arg.dtype == np.uint32)
+            launch(grid, block, args, shared)
+
+        return watching
+
+    monkeypatch.setattr(loader, "kernel", watched)
+    return told
+
+
+# ------------------------------------------------------------------------------------------- giving up
+
+
+def test_a_block_that_does_not_come_is_an_error_and_not_a_hang(cuda, take, monkeypatch):
+    """One block less than there should be: the others give up, and the next call says so."""
+    take(SEVERAL, SEVERAL)
+    loader = cuda.parts[f"{cuda.__name__}._loader"]
+    kernel = loader.kernel
+
+    def incomplete(*names, macros, **options):
+        launch = kernel(*names, macros=(*macros, ("MOST_SPINS", 640)), **options)
+        return lambda grid, *rest: launch((1, grid[1] - 1), *rest)
+
+    case = problem("lstm", "bfloat16", 3, 5, 24)
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "kernel", incomplete)
+        *_, saved = case.forward(cuda)
+        with pytest.raises(RuntimeError, match="RNNKIT_PERSISTENT=0"):
+            case.backward(cuda, saved)
+        case.backward(cuda, saved)
+        with pytest.raises(RuntimeError, match="RNNKIT_PERSISTENT=0"):
+            loader.error_flag().check()
+    assert_agrees(case, cuda, "bfloat16")
+
+
+# --------------------------------------------------------------------------------------- who takes them
+
+
+def test_launches_do_not_depend_on_the_steps(cuda, monkeypatch, rng):
+    """A whole layer, there and back: one launch each way whatever T is, and off unless it is asked for."""
+    monkeypatch.setitem(rnnkit.kernels._MODULES, "numpy", ("cuda_on_host", "reference"))
+    _choose.cache_clear()
+    layer = rnnkit.LSTM(5, 16, dtype="float32", seed=0)
+
+    def launches(T):
+        x = rng.standard_normal((T, 3, 5)).astype(np.float32)
+        cuda.device.launches.clear()
+        (output, _), pullback = layer.vjp(x)
+        pullback(output)
+        return [name for name in cuda.device.launches if name != "product"]
+
+    few, many = launches(3), launches(8)
+    assert few == many
+    assert [name.endswith("_persistent") for name in few] == [True, True]
+    monkeypatch.setenv("RNNKIT_PERSISTENT", "0")
+    assert not any(name.endswith("_persistent") for name in launches(3))
+    monkeypatch.delenv("RNNKIT_PERSISTENT")
+    assert not any(name.endswith("_persistent") for name in launches(3))
+    _choose.cache_clear()
+
+
+def test_what_goes_step_by_step(cuda):
+    for variant, dtype, T in [
+        ("lstm", "float64", 3),
+        ("lstm-projected", "float32", 3),
+        ("lstm", "float32", 1),
+    ]:
+        case = problem(variant, dtype, T, 3, 16)
+        assert_agrees(case, cuda, dtype)
+    assert_agrees(problem("lstm", "float32", 3, 0, 16), cuda, "float32")
+    assert not any(name.endswith("_persistent") for name in cuda.device.launches)
+
+
+# ------------------------------------------------------------------------------------------- the plan
+
+H200 = (132, 232448, 65536, (9, 0))
+
+
+def test_plans_keep_within_a_device(plans):
+    found = 0
+    for small, cell, backward in itertools.product((False, True), plans.GATES, (False, True)):
+        limits = plans.Limits(20, 101376, 65536, (8, 6)) if small else plans.Limits(*H200)
+        for dtype, B, H in itertools.product(
+            ("bfloat16", "float16", "float32"), (1, 9, 64, 300), (1, 50, 256, 1000)
+        ):
+            scan = plans.Scan(cell, backward, dtype, False, B, H)
+            plan = plans.plan(scan, limits)
+            if isinstance(plan, str):
+                assert "registers" in plan
+                continue
+            found += 1
+            window = 64 // scan.operand_bytes
+            assert plan.shared <= limits.shared_per_block
+            assert plan.threads * plan.registers(scan.gates) <= limits.registers_per_multiprocessor
+            assert plan.blocks(H) * plan.units >= H
+            assert plan.groups(B) * plan.sequences >= B
+            assert plan.rows >= plan.units * (1 if backward else scan.gates)
+            assert plan.warps_k * plan.windows * plan.chunks * window >= scan.operands
+            assert plan.grid == (plan.blocks(H) > 1)
+            assert not plan.grid or plan.blocks(H) * plan.groups(B) <= limits.multiprocessors
+            times = plans.step_times(plan, scan, limits)
+            assert all(seconds >= 0 for seconds in times.values())
+            assert (times["exchange"] > 0) == plan.grid
+    assert found > 100
+
+
+def test_plans_for_what_matters_most(plans):
+    """PERFORMANCE.md's goals: each has a plan; a small layer has a block to itself."""
+    for cell, backward in itertools.product(plans.GATES, (False, True)):
+        for dtype, tf32, B, H in [
+            ("bfloat16", False, 16, 768), ("bfloat16", False, 64, 1024), ("float32", True, 64, 512),
+            ("bfloat16", False, 256, 512), ("bfloat16", False, 16, 2048),
+        ]:  # fmt: skip
+            scan = plans.Scan(cell, backward, dtype, tf32, B, H)
+            assert isinstance(plans.plan(scan, plans.Limits(*H200)), plans.Plan), scan
+        alone = plans.plan(plans.Scan(cell, backward, "bfloat16", False, 64, 192), plans.Limits(*H200))
+        assert not alone.grid
+
+
+def test_why_there_is_no_plan(plans):
+    def why(scan=None, limits=None):
+        scan = plans.Scan("lstm", False, "float32", False, 4, 64)._replace(**scan or {})
+        return plans.plan(scan, plans.Limits(*H200)._replace(**limits or {}))
+
+    assert isinstance(why(), plans.Plan)
+    assert "float64" in why({"dtype": "float64"})
+    assert "8.0" in why(limits={"capability": (7, 5)})
+    assert "4096 hidden units" in why({"H": 4096})
+    assert "no sequences" in why({"B": 0})
+    # A device without cooperative launches has 0 multiprocessors here: one block a group is all there can be.
+    assert not why(limits={"multiprocessors": 0}).grid
+    assert isinstance(why({"H": 1024}, {"multiprocessors": 0}), str)

@@ -1,0 +1,81 @@
+"""Scans in one launch have no races; races.h says what that means, and what it does not."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from host_device import on_host
+from test_kernels import assert_agrees, problem
+from test_persistent import by_hand
+
+# (there, back): one block a group; several blocks; the gradients of all gates in chunks. Several warps each.
+LAYOUTS = {
+    "alone": ({"units": 24, "warps_m": 2}, {"units": 24, "warps_m": 2, "warps_k": 2}),
+    "several": ({"units": 8, "warps_k": 2}, {"units": 8, "warps_k": 2}),
+    "chunks": ({"units": 16, "warps_m": 2}, {"units": 32, "warps_m": 2, "n_tiles": 2, "chunks": 3}),
+}
+CASES = [
+    ("lstm", "bfloat16", 24, "alone"),
+    ("lstm", "bfloat16", 24, "several"),
+    ("lstm", "bfloat16", 40, "chunks"),
+    ("lstm", "float32", 37, "chunks"),
+    ("gru", "bfloat16", 24, "several"),
+    ("rnn-tanh", "float32", 24, "several"),
+]
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Return the modules on the host, by name, whose kernels report races; each launch in another order."""
+    module = on_host()
+    parts = {name.rpartition(".")[2]: part for name, part in module.parts.items()}
+    caches = parts["_loader"].kernel, parts["_loader"]._module
+    for cache in caches:
+        cache.cache_clear()
+    monkeypatch.setattr(module.device, "check_races", True)
+    monkeypatch.setattr(module.device, "order", "uneven")
+    yield parts | {"cuda": module}
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize(("variant", "dtype", "H", "layout"), CASES)
+def test_no_races(parts, monkeypatch, rng, variant, dtype, H, layout):
+    plans = parts["_plan"]
+
+    def chosen(cell, backward, dtype, T, B, H):
+        scan = plans.Scan(cell, backward, dtype, False, B, H)
+        return by_hand(plans, scan, **LAYOUTS[layout][backward])
+
+    monkeypatch.setattr(parts["_persistent"], "chosen", chosen)
+    for ragged, reverse in itertools.product(("none", "unsorted"), (False, True)):
+        seed = int(rng.integers(1 << 30))
+        case = problem(variant, dtype, 4, 11, H, ragged=ragged, reverse=reverse, seed=seed)
+        assert_agrees(case, parts["cuda"], dtype)
+
+
+def test_a_race_of_the_real_kernel_is_found(parts, monkeypatch):
+    """Without the barrier before a block tells that its step is done."""
+    source = parts["_loader"].source
+
+    def without(path):
+        text = source(path)
+        assert text.count(TELLING) == 1
+        return text.replace(TELLING, TELLING.replace("__syncthreads();", ""))
+
+    monkeypatch.setattr(parts["_loader"], "source", without)
+    with pytest.raises(AssertionError, match="a race: thread"):
+        test_no_races(parts, monkeypatch, NoChance(), "lstm", "bfloat16", 24, "several")
+
+
+TELLING = """tell_done(const Scan& scan, unsigned count) {
+    __syncthreads();
+"""
+
+
+class NoChance:
+    """In place of a random generator: a test that shows a race needs no luck."""
+
+    def integers(self, most):
+        return 1
