@@ -110,8 +110,8 @@ def many_cores(records: Sequence[Record]) -> str:
     need s + (1 - s) / N of it (Amdahl). Two threads that were kept waiting by memory, or by other processes,
     count as serial: this is the most.
     """
-    head = ["operation", "cell", "B", "1 thread", "2 threads", f"1 thread, B / {CORES}"]
-    head += [f"{CORES} cores, by tiles", "speed-up", "serial part", f"{CORES} cores, by it", "speed-up"]
+    head = ["operation", "cell", "B", "1 thread", "2 threads", f"by tiles: 1 thread, B / {CORES}", "speed-up"]
+    head += ["serial part", f"{CORES} cores by it", "speed-up"]
     rows = []
     for (operation, cell), group in tables.grouped(records, lambda r: (r["operation"], r["cell"])).items():
         seconds = {(r["B"], r["threads"]): r["seconds"] for r in along("B", group)}
@@ -121,7 +121,7 @@ def many_cores(records: Sequence[Record]) -> str:
             one, two, tile = seconds[B, 1], seconds[B, 2], seconds[B // CORES, 1]
             serial = min(1.0, max(0.0, 2.0 * two / one - 1.0))
             most = one * (serial + (1.0 - serial) / CORES)
-            row = [operation, cell, str(B), *(tables.duration(t) for t in (one, two, tile, tile))]
+            row = [operation, cell, str(B), *(tables.duration(t) for t in (one, two, tile))]
             row += [f"{one / tile:.0f}", f"{100 * serial:.0f} %", tables.duration(most), f"{one / most:.0f}"]
             rows.append(row)
     return tables.table(head, rows, left=2) if rows else ""

@@ -365,7 +365,7 @@ def test_estimates_for_many_cores():
         record_of(**cases_[16], seconds=0.02),
     ]
     # A fifth of the time is not shortened: 0.2 + 0.8 / 64.
-    row = "| train | lstm | 1024 | 1 s | 600 ms | 20 ms | 20 ms | 50 | 20 % | 212 ms | 5 |"
+    row = "| train | lstm | 1024 | 1 s | 600 ms | 20 ms | 50 | 20 % | 212 ms | 5 |"
     assert row in growth.many_cores(found)
     assert growth.many_cores([*found[:2], record_of(**cases_[1])]) == ""
 
