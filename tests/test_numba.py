@@ -498,6 +498,40 @@ def test_nobody_elses_thread_counts_change(monkeypatch):
     assert before.items() <= counts().items()
 
 
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="this system cannot keep a thread off a processor"
+)
+def test_threads_keep_off_the_callers_processor_while_there_are_others_enough(monkeypatch):
+    threads, allowed = kernels._threads, os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip("one processor only")
+    assert threads._processor() in allowed
+    pool = threads._Pool()
+
+    def places(caller, helpers):
+        """Where each thread of the pool may run, when called from that processor."""
+        monkeypatch.setattr(threads, "_processor", lambda: caller)
+        found, meeting = [], threading.Barrier(helpers)
+
+        def work(tile):
+            meeting.wait(10)
+            found.append(os.sched_getaffinity(0))
+
+        job = threads._Job(work, helpers)
+        pool.offer(job, helpers)
+        job.wait(0)
+        return found
+
+    few, enough = min(2, len(allowed) - 1), len(allowed)
+    for caller in sorted(allowed)[:2]:
+        places(caller, few)  # threads that only begin are wherever the system likes
+        assert places(caller, few) == [allowed - {caller}] * few
+    places(caller, enough)
+    assert places(caller, enough) == [allowed] * enough
+    assert places(None, enough) == [allowed] * enough
+    assert os.sched_getaffinity(0) == allowed
+
+
 def test_blas_gets_its_threads_back_from_the_last_of_overlapping_products():
     from threadpoolctl import threadpool_limits
 
