@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-# A central difference with step h errs by O(h^2) + O(eps |f| / h): for float64 about 1e-10 at h = 1e-5 where f
-# is about 1. 1e-6 leaves room for functions that bend.
+# A central difference with step h errs by O(h^2) + O(eps |f| / h): for float64 about 1e-10 at h = 1e-5 where
+# f is about 1. 1e-6 leaves room for functions that bend.
 TOLERANCE = 1e-6
 STEP = 1e-5
 # The second term, in units of eps |f| / h. It matters where f is large and the derivative along the direction

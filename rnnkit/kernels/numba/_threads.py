@@ -9,10 +9,10 @@ A thread that sleeps needs 30 microseconds to wake up, and 80 to 300 if its proc
 well (Zen 3, virtual). So a thread that has nothing to do looks out for a while, in compiled code that offers
 the processor to others, before it goes to sleep.
 
-Where it wakes up is said, too: not on the caller's processor. Linux on a virtual machine does not always see
-that another one is idle; the thread then waits for the caller's time slice to end, up to 3 ms, and by then the
-caller has done its tiles as well. On two processors, where the threads of NumPy's BLAS had run just before, a
-scan of 3 ms took 5.4.
+Where it wakes up is said, too: not on the caller's processor. Linux on a virtual machine does not always
+choose another that is idle; the thread then waits for the caller's time slice to end, up to 3 ms, and by then
+the caller has done the other tiles as well. On two processors, where the threads of NumPy's BLAS had run just
+before, a scan of 3 ms took 5.4.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def thread_limit() -> int:
 
 
 def _find_getcpu() -> Callable[[], int | None]:
-    """Return what tells the processor of the calling thread, and None where a thread cannot be kept off it."""
+    """Return what tells the calling thread's processor; it says None where none can be kept off it."""
     if hasattr(os, "sched_setaffinity"):
         with suppress(OSError, AttributeError):
             return ctypes.PyDLL(None).sched_getcpu

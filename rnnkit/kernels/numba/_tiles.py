@@ -16,7 +16,7 @@ Float = np.ndarray[Any, np.dtype[Any]]
 Index = np.ndarray[Any, np.dtype[np.int64]]
 
 # Multiplications below which a call stays on its thread. An LSTM's forward on one thread / two (Zen 3,
-# medians, us): 430 / 480 with 6.6 million (T=100, B=2, I=H=64), 480 / 550 with 7.9 (30, 8, 64), 710 / 630 with
+# medians, us): 430 / 480 with 6.6 million (100, 2, 64), 480 / 550 with 7.9 (30, 8, 64), 710 / 630 with
 # 13 (100, 4, 64).
 _SMALL = 10_000_000
 # Multiplications of one time step below which threads do not share it. An LSTM's forward scan of 100 steps
