@@ -18,14 +18,10 @@ from .tables import PEER_NAMES, grouped, shape_of, threads_of
 
 
 def heat_maps(records: Sequence[Record]) -> Iterator[tuple[str, Figure]]:
-    """Yield a name and a picture of the ratios for each operation, kernel, peer and number of threads."""
+    """Yield a name and a picture of the ratios for each operation and peer, with a row for each kernel."""
     timed = [record for record in records if record["ratio"] is not None]
-    key = ("operation", "kernel", "peer", "threads")
-    for (operation, kernel, peer, threads), group in grouped(
-        timed, lambda record: tuple(record[name] for name in key)
-    ).items():
-        title = f"{operation}, {kernel}, {threads_of(threads)}: {PEER_NAMES[peer]}'s time over rnnkit's"
-        yield f"{operation}_{kernel}_{peer}_{threads}", _heat_map(group, title)
+    for (operation, peer), group in grouped(timed, lambda r: (r["operation"], r["peer"])).items():
+        yield f"{operation}_{peer}", _heat_map(group, f"{operation}: {PEER_NAMES[peer]}'s time over rnnkit's")
 
 
 def curves(records: Sequence[Record]) -> Iterator[tuple[str, Figure]]:
@@ -50,23 +46,27 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def _heat_map(records: Sequence[Record], title: str) -> Figure:
+    rows = grouped(records, lambda record: (record["kernel"], record["cell"], record["threads"]))
+    order = sorted(rows, key=lambda row: (row[0], CELLS.index(row[1]), row[2]))
     shapes = list(dict.fromkeys(shape_of(record) for record in records))
-    cells = [cell for cell in CELLS if any(record["cell"] == cell for record in records)]
-    ratios = np.full((len(cells), len(shapes)), np.nan)
-    for record in records:
-        ratios[cells.index(record["cell"]), shapes.index(shape_of(record))] = record["ratio"]
-    figure = Figure(figsize=(2.5 + 1.1 * len(shapes), 2.2 + 0.5 * len(cells)), layout="constrained")
+    ratios = np.full((len(rows), len(shapes)), np.nan)
+    for k, row in enumerate(order):
+        for record in rows[row]:
+            ratios[k, shapes.index(shape_of(record))] = record["ratio"]
+    figure = Figure(figsize=(4.0 + 0.85 * len(shapes), 2.0 + 0.35 * len(rows)), layout="constrained")
     axes = figure.subplots()
     # A log scale around 1, so that half and twice as fast are equally far from white.
     image = axes.imshow(ratios, cmap="RdBu", norm=LogNorm(0.25, 4.0), aspect="auto")
     axes.set_xticks(range(len(shapes)), shapes, rotation=30, ha="right")
-    axes.set_yticks(range(len(cells)), cells)
+    axes.set_yticks(range(len(rows)), [f"{cell}, {kernel}, {threads_of(n)}" for kernel, cell, n in order])
     axes.set_xlabel("(T, B, I, H)")
     axes.set_title(title)
     for (row, column), ratio in np.ndenumerate(ratios):
         if np.isfinite(ratio):
-            axes.text(column, row, f"{ratio:.2f}", ha="center", va="center")
-    figure.colorbar(image, ax=axes, label="ratio")
+            color = "white" if max(ratio, 1 / ratio) > 2.5 else "black"
+            axes.text(column, row, f"{ratio:.2f}", ha="center", va="center", color=color)
+    bar = figure.colorbar(image, ax=axes, label="ratio", ticks=(0.25, 0.5, 1, 2, 4), format="%g")
+    bar.ax.minorticks_off()
     return figure
 
 

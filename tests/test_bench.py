@@ -436,7 +436,7 @@ def test_pictures(tmp_path, capsys):
     heat = document_of(tmp_path / "x.json", record_of())
     assert report.main([str(curve), str(heat), "--pictures", str(tmp_path / "pictures")]) == 0
     names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
-    assert names == ["grid_forward_reference_torch_1.png", "growth_forward_lstm.png"]
+    assert names == ["grid_forward_torch.png", "growth_forward_lstm.png"]
 
 
 # ----------------------------------------------------------------------------------------- arguments
