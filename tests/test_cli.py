@@ -211,23 +211,23 @@ def test_errors_are_one_line(args, status, message, tmp_path):
 
 
 def test_interrupt_is_quiet(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "rnnkit",
-        "train",
-        "--epochs",
-        "100000",
-        "--no-progress",
-        "--out",
-        str(tmp_path),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    # A shell starts what goes to its background with SIGINT ignored, and that is inherited.
+    code = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("rnnkit", run_name="__main__")
+"""
+    args = ("train", "--epochs", "100000", "--no-progress", "--out", str(tmp_path))
+    command = [sys.executable, "-c", code, *args]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            _, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "stopped; the same command goes on where it stopped" in stderr
     assert "Traceback" not in stderr
