@@ -99,18 +99,19 @@ class _Pool:
     def __init__(self) -> None:
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
         self._offered = np.zeros(1, np.int64)  # changes with every offer; nothing depends on the number
-        self._threads = 0
-        self._ids: list[int] = []  # the system's, of threads that have begun
+        self._threads: list[threading.Thread] = []
         self._avoided: int | None = None  # the processor that they keep off
         self._lock = threading.Lock()
 
     def offer(self, job: _Job, times: int) -> None:
         """Let up to that many threads help with the job."""
-        if self._threads < times:
+        if len(self._threads) < times:
             with self._lock:
-                while self._threads < times:
-                    threading.Thread(target=self._serve, name="rnnkit", daemon=True).start()
-                    self._threads += 1
+                while len(self._threads) < times:
+                    thread = threading.Thread(target=self._serve, name="rnnkit", daemon=True)
+                    thread.start()  # by its end there is a native_id
+                    self._threads.append(thread)
+                self._avoided = None  # the new ones keep off nothing yet
         self._make_way()
         for _ in range(times):
             self._jobs.put(job)
@@ -122,15 +123,15 @@ class _Pool:
         if here is None or here == self._avoided:
             return
         self._avoided = here
-        allowed = os.sched_getaffinity(0)
-        others = allowed - {here}
-        for thread in self._ids:
+        processors = os.sched_getaffinity(0)
+        if len(processors) > len(self._threads):
+            processors = processors - {here}
+        for thread in self._threads:
+            assert thread.native_id is not None  # it has been started
             with suppress(OSError):  # a system that forbids it
-                os.sched_setaffinity(thread, others if len(others) >= len(self._ids) else allowed)
+                os.sched_setaffinity(thread.native_id, processors)
 
     def _serve(self) -> None:
-        self._ids.append(threading.get_native_id())
-        self._avoided = None  # does not hold for this one
         while True:
             job = self._jobs.get()
             mine = job.run()

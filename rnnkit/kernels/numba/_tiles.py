@@ -16,8 +16,8 @@ Float = np.ndarray[Any, np.dtype[Any]]
 Index = np.ndarray[Any, np.dtype[np.int64]]
 
 # Multiplications below which a call stays on its thread. An LSTM's forward on one thread / two (Zen 3,
-# medians, us): 430 / 480 with 6.6 million (100, 2, 64), 480 / 550 with 7.9 (30, 8, 64), 710 / 630 with
-# 13 (100, 4, 64).
+# medians, us): 454 / 487 with 6.6 million (100, 2, 64), 440 / 447 with 7.9 (30, 8, 64), 513 / 512 with
+# 13 (100, 4, 64), where training gains already: 1768 / 1477.
 _SMALL = 10_000_000
 # Multiplications of one time step below which threads do not share it. An LSTM's forward scan of 100 steps
 # on one thread / shared by two (Zen 3, ms): 0.59 / 0.69 with 66 thousand (B=1, H=128), 0.86 / 0.78 with 131
