@@ -74,12 +74,14 @@ class Problem(NamedTuple):
     params : dict of str to array
         With torch's names; of "lm" below ``embedding.``, ``rnn.`` and ``linear.``.
     x : array (T, B, I), or tokens (T, B)
-    state : tuple of arrays (1, B, H)
+    state : tuple of arrays (L*D, B, H)
         h_0, and c_0 of an LSTM. Not zero: zeros would hide a side that ignores them.
     lengths : array (B,) of integers, or None
-    d_output : array (T, B, H), or None
+    d_output : array (T, B, D*H), or None
         What the backward pass starts from.
     targets : tokens (T, B), or None
+    layers, directions : int
+        L and D: 1 but on a GPU.
     """
 
     case: Case
@@ -89,6 +91,8 @@ class Problem(NamedTuple):
     lengths: Host | None = None
     d_output: Host | None = None
     targets: Host | None = None
+    layers: int = 1
+    directions: int = 1
 
     @property
     def density(self) -> float:
@@ -114,7 +118,7 @@ def grid(operations: Sequence[str], cells: Sequence[str], *, quick: bool = False
     ]
 
 
-def problem_of(case: Case) -> Problem:
+def problem_of(case: Case, layers: int = 1, directions: int = 1) -> Problem:
     """Return the data of a case: always the same, whatever else is measured."""
     random = np.random.default_rng(2024)
     T, B, I, H = case.T, case.B, case.I, case.H
@@ -125,12 +129,16 @@ def problem_of(case: Case) -> Problem:
     def uniform(bound: float, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Host]:
         return {name: random.uniform(-bound, bound, shape).astype(case.dtype) for name, shape in shapes}
 
-    G = GATES[case.cell]
-    layer = uniform(1.0 / math.sqrt(H), {
-        "weight_ih_l0": (G * H, I), "weight_hh_l0": (G * H, H),
-        "bias_ih_l0": (G * H,), "bias_hh_l0": (G * H,),
-    }.items())  # fmt: skip
-    state = tuple(0.5 * normal(1, B, H) for _ in range(2 if case.cell == "lstm" else 1))
+    G, D = GATES[case.cell], directions
+    shapes: list[tuple[str, tuple[int, ...]]] = []
+    for k in range(layers):
+        for suffix in (f"_l{k}", f"_l{k}_reverse")[:D]:
+            shapes += [
+                (f"weight_ih{suffix}", (G * H, D * H if k else I)), (f"weight_hh{suffix}", (G * H, H)),
+                (f"bias_ih{suffix}", (G * H,)), (f"bias_hh{suffix}", (G * H,)),
+            ]  # fmt: skip
+    layer = uniform(1.0 / math.sqrt(H), shapes)
+    state = tuple(0.5 * normal(layers * D, B, H) for _ in range(2 if case.cell == "lstm" else 1))
     if case.operation == "lm":
         params = {"embedding.weight": normal(VOCABULARY, I)}
         params |= {f"rnn.{name}": value for name, value in layer.items()}
@@ -140,8 +148,8 @@ def problem_of(case: Case) -> Problem:
         tokens = random.integers(0, VOCABULARY, (T + 1, B))
         return Problem(case, params, tokens[:-1], state, targets=tokens[1:])
     lengths = random.integers(1, T + 1, B) if case.operation == "ragged" else None
-    d_output = normal(T, B, H) if case.operation == "train" else None
-    return Problem(case, layer, normal(T, B, I), state, lengths, d_output)
+    d_output = normal(T, B, D * H) if case.operation == "train" else None
+    return Problem(case, layer, normal(T, B, I), state, lengths, d_output, None, layers, D)
 
 
 def flops_of(case: Case, density: float = 1.0) -> float:

@@ -88,7 +88,10 @@ Made = tuple[Callable[[], Any], Callable[[Any], dict[str, Host]]]
 
 def _layer(problem: Problem, backend: str, dtype: str) -> Any:
     case = problem.case
-    layer: Any = LAYERS[case.cell](case.I, case.H, backend=backend, dtype=dtype, seed=0)
+    layer: Any = LAYERS[case.cell](
+        case.I, case.H, problem.layers, bidirectional=problem.directions == 2, backend=backend, dtype=dtype,
+        seed=0,
+    )  # fmt: skip
     layer.load_params(problem.params)
     return layer
 

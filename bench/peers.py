@@ -87,7 +87,9 @@ def _torch_layer(problem: Problem, where: Where) -> Any:
     import torch
 
     case = problem.case
-    layer = getattr(torch.nn, _LAYERS[case.cell])(case.I, case.H)
+    layer = getattr(torch.nn, _LAYERS[case.cell])(
+        case.I, case.H, problem.layers, bidirectional=problem.directions == 2
+    )
     layer = layer.to(device=where.device, dtype=getattr(torch, where.dtype))
     layer.load_state_dict({name: _tensor(value, where) for name, value in problem.params.items()})
     return layer

@@ -45,13 +45,14 @@ from `backend` to `spread`, but for threads, p99 and padded_seconds, and:
     level               of the kernel: 0 for the reference, one more for each faster module
     tf32                whether float32 products could use TF32, on both sides
     ragged              whether the batch had lengths
+    layers, directions  of the layer
     status              "failed" too: it raised an error, such as for want of memory
     least               the shortest call
     peer, graphed       "torch", and whether replayed as a CUDA graph; null where no peer takes part
     peer_seconds, peer_least, peer_spread, peer_error, ratio
                         the peer is timed also where the kernel is not
     model               of whole sequences in one launch: for each scan by its kernel's name, the estimated
-                        seconds of the parts of a step; else empty
+                        seconds of the parts of a step of a layer, with its directions; else empty
     device, driver, cuda, versions, processor
 
 A record of "gpu limits" is what the machine does at best: `measure`, `detail`, `seconds`, `least`, `spread`
@@ -98,7 +99,8 @@ _DEVICE: dict[str, tuple[type, ...]] = {
 _GPU: dict[str, tuple[type, ...]] = {
     "stage": _TEXT, "backend": _TEXT, "kernel": _TEXT, "level": _SIZE, "default": (bool,),
     "operation": _TEXT, "cell": _TEXT, "T": _SIZE, "B": _SIZE, "I": _SIZE, "H": _SIZE, "dtype": _TEXT,
-    "tf32": (bool,), "ragged": (bool,), "density": _NUMBER, "status": _TEXT, "reason": _TEXT,
+    "tf32": (bool,), "ragged": (bool,), "layers": _SIZE, "directions": _SIZE, "density": _NUMBER,
+    "status": _TEXT, "reason": _TEXT,
     "max_error": _OPTIONAL, "seconds": _OPTIONAL, "least": _OPTIONAL, "spread": _OPTIONAL,
     "peer": (str, type(None)), "graphed": (bool,), "peer_seconds": _OPTIONAL, "peer_least": _OPTIONAL,
     "peer_spread": _OPTIONAL, "peer_error": _OPTIONAL, "ratio": _OPTIONAL, "model": (dict,), **_DEVICE,

@@ -14,7 +14,7 @@ from ..correct import is_right, max_error
 from ..records import Record, finite
 from ..timing import Effort, Side, Times, summarise
 from .clock import alternate
-from .plan import OPERATIONS, Cell
+from .plan import OPERATIONS, Cell, special
 from .rig import Rig
 from .sides import (
     EAGER,
@@ -31,9 +31,13 @@ from .sides import (
     why_not,
 )
 
-# (T, B, I, H) of what is verified: a multiple of 8, sizes that fill no block, a single one of everything.
-# The last is for whole sequences in one launch: several groups, each of several blocks.
-VERIFIED = ((9, 5, 17, 24), (4, 3, 2, 33), (1, 1, 1, 1), (5, 70, 3, 264))
+# (T, B, I, H), layers and directions of what is verified: a multiple of 8, sizes that fill no block, a single
+# one of everything. The others are for whole sequences in one launch: several groups, each of several blocks;
+# both directions at once, in one block and in several.
+VERIFIED = (
+    ((9, 5, 17, 24), 1, 1), ((4, 3, 2, 33), 1, 1), ((1, 1, 1, 1), 1, 1), ((5, 70, 3, 264), 1, 1),
+    ((4, 9, 5, 40), 2, 2), ((3, 9, 5, 264), 1, 2),
+)  # fmt: skip
 # The reference in float64 on another machine differs by rounding alone.
 VERIFIED_TOLERANCE = {"float64": 1e-12} | {
     name: TOLERANCE[name] for name in ("float32", "float16", "bfloat16")
@@ -64,18 +68,21 @@ def verify(rig: Rig) -> list[str]:
     The measure is NumPy's float64: `measure` trusts the rig's own reference, which is checked here.
     """
     wrong = []
-    for kind, operation, ragged, shape in itertools.product(CELLS, OPERATIONS, (False, True), VERIFIED):
-        problem = problem_of(Cell(Case(operation, kind, *shape), ragged=ragged))
+    for kind, operation, ragged, verified in itertools.product(CELLS, OPERATIONS, (False, True), VERIFIED):
+        shape, layers, directions = verified
+        cell = Cell(Case(operation, kind, *shape), False, ragged, layers, directions)
+        problem = problem_of(cell)
         right = ours.expected(problem)
         for kernel, dtype in itertools.product(kernels_of(rig), VERIFIED_TOLERANCE):
             if (fault := _fault(problem, kernel, rig, dtype, right)) is not None:
-                wrong.append(f"{problem.case}{', ragged' if ragged else ''}, {kernel}, {dtype}: {fault}")
+                more = special(ragged, layers, directions)
+                wrong.append(f"{problem.case}{more}, {kernel}, {dtype}: {fault}")
     return wrong
 
 
 def _fault(problem: Problem, kernel: str, rig: Rig, dtype: str, right: Mapping[str, Any]) -> str | None:
     """Return what is wrong with a kernel; nothing where it does not serve the case."""
-    if why_not(kernel, problem.case._replace(dtype=dtype), rig) is not None:
+    if why_not(kernel, problem.case._replace(dtype=dtype), rig, problem.directions) is not None:
         return None
     try:
         side = side_of(problem, kernel, rig, dtype)
@@ -120,7 +127,7 @@ def check(cell: Cell, problem: Problem, rig: Rig) -> Checked:
     wanted, tolerance = expected(problem, rig), TOLERANCE[cell.precision]
     rig.free()  # of float64, more than any side will need
     checked = Checked({}, {}, {})
-    refused = {ours.name_of(name): why_not(name, cell.case, rig) for name in kernels_of(rig)}
+    refused = {ours.name_of(name): why_not(name, cell.case, rig, cell.directions) for name in kernels_of(rig)}
     for name, make in makers(cell, problem, rig).items():
         if (reason := refused.get(name)) is not None:
             checked.faults[name] = ("unsupported", reason)
@@ -169,14 +176,15 @@ def _record(
         "stage": stage, "backend": rig.backend, "kernel": kernel,
         "level": len(kernels) - 1 - kernels.index(kernel),
         "default": ours.default_kernel(case, rig.backend) == kernel,
-        **case._asdict(), "tf32": cell.tf32, "ragged": cell.ragged, "density": density,
+        **case._asdict(), "tf32": cell.tf32, "ragged": cell.ragged, "layers": cell.layers,
+        "directions": cell.directions, "density": density,
         "status": status, "reason": reason, "max_error": _known(checked.errors.get(name)),
         "seconds": own and own[0].median, "least": own and own[1], "spread": own and own[0].spread,
         "peer": peer and EAGER, "graphed": peer == GRAPHED,
         "peer_seconds": other and other[0].median, "peer_least": other and other[1],
         "peer_spread": other and other[0].spread, "peer_error": _known(checked.errors.get(peer or "")),
         "ratio": other[0].median / own[0].median if own and other else None,
-        "model": model_of(case, rig) if kernel == WHOLE and own else {},
+        "model": model_of(case, rig, cell.directions) if kernel == WHOLE and own else {},
         **rig.facts,
     }  # fmt: skip
 

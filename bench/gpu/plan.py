@@ -27,11 +27,15 @@ class Cell(NamedTuple):
         Whether matrix products of float32 may round their operands to 10 bits.
     ragged : bool
         Whether the sequences have lengths, uniform in 1..T.
+    layers, directions : int
+        Of the layer, which may be a stack.
     """
 
     case: Case
     tf32: bool = False
     ragged: bool = False
+    layers: int = 1
+    directions: int = 1
 
     @property
     def precision(self) -> str:
@@ -39,7 +43,13 @@ class Cell(NamedTuple):
         return "tf32" if self.tf32 else self.case.dtype
 
     def __str__(self) -> str:
-        return f"{self.case} {self.precision}{', ragged' if self.ragged else ''}"
+        return f"{self.case} {self.precision}{special(self.ragged, self.layers, self.directions)}"
+
+
+def special(ragged: bool, layers: int, directions: int) -> str:
+    """Say what is not as usual about a cell, after a comma."""
+    words = [f"{layers} layers"] * (layers > 1) + ["two directions"] * (directions == 2)
+    return "".join(f", {word}" for word in ["ragged"] * ragged + words)
 
 
 class Stage(NamedTuple):
@@ -49,6 +59,8 @@ class Stage(NamedTuple):
     cells: tuple[str, ...] = ("lstm",)
     T: tuple[int, ...] = (128,)
     ragged: tuple[bool, ...] = (False,)
+    layers: tuple[int, ...] = (1,)
+    directions: tuple[int, ...] = (1,)
     precisions: tuple[str, ...] = ("bfloat16", "tf32")
     H: tuple[int, ...] = (256, 512)
     B: tuple[int, ...] = (16, 64, 1)
@@ -65,8 +77,10 @@ STAGES = (
     Stage("bound by the matrix product", H=(1024, 2048), B=(256,)),
     Stage("ragged", ragged=(True,), B=(64, 16)),
     Stage("GRU and RNN", cells=("gru", "rnn"), B=(64, 16)),
+    Stage("two directions", directions=(2,), B=(64, 16)),
+    Stage("two layers", layers=(2,), B=(64, 16)),
     Stage("long sequences", T=(1024,), B=(16, 64)),
-    Stage("the rest of the grid", CELLS, T, (False, True), PRECISIONS, H, B),
+    Stage("the rest of the grid", CELLS, T, (False, True), (1,), (1,), PRECISIONS, H, B),
 )
 
 
@@ -85,9 +99,11 @@ def plan() -> Iterator[tuple[str, Cell]]:
 
 def cells_of(stage: Stage) -> Iterator[Cell]:
     """Yield a stage's cells; I is H throughout."""
-    for kind, steps, ragged, precision, size, batch, operation in itertools.product(*stage[1:]):
+    for kind, steps, ragged, layers, directions, precision, size, batch, operation in itertools.product(
+        *stage[1:]
+    ):
         if ragged and batch == 1:
             continue  # a single sequence with a length is a shorter sequence
         dtype = "float32" if precision == "tf32" else precision
         case = Case(operation, kind, steps, batch, size, size, dtype)
-        yield Cell(case, precision == "tf32", ragged)
+        yield Cell(case, precision == "tf32", ragged, layers, directions)

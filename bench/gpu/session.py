@@ -121,9 +121,9 @@ class Session:
 
 
 def _key_of(cell: Cell) -> tuple[Any, ...]:
-    return *cell.case, cell.tf32, cell.ragged
+    return *cell.case, *cell[1:]
 
 
 def _key(record: Record) -> tuple[Any, ...]:
     case = (record[name] for name in ("operation", "cell", "T", "B", "I", "H", "dtype"))
-    return *case, record["tf32"], record["ragged"]
+    return *case, *(record[name] for name in Cell._fields[1:])

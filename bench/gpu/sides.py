@@ -34,7 +34,7 @@ WHOLE = "cuda, whole sequences"
 
 def problem_of(cell: Cell) -> Problem:
     """Return a cell's data as float32 on the host, with values that the cell's dtype has exactly."""
-    problem = cases.problem_of(cell.case._replace(dtype="float32"))
+    problem = cases.problem_of(cell.case._replace(dtype="float32"), cell.layers, cell.directions)
     lengths = None
     if cell.ragged:
         lengths = np.random.default_rng(2024).integers(1, cell.case.T + 1, cell.case.B)
@@ -101,29 +101,29 @@ def scope_of(
     return both
 
 
-def why_not(kernel: str, case: cases.Case, rig: Rig) -> str | None:
+def why_not(kernel: str, case: cases.Case, rig: Rig, directions: int = 1) -> str | None:
     """Say why a kernel cannot serve a case, or None; whole sequences serve it if they serve one way."""
     reason = ours.why_not(module_of(kernel), case, rig.backend)
     if reason is not None or kernel != WHOLE:
         return reason
-    layouts = _of_scans("whole_sequence", case, rig)
+    layouts = _of_scans("whole_sequence", case, rig, directions)
     if any(not isinstance(layout, str) for layout in layouts.values()):
         return None
     return "; ".join(f"{name}: {reason}" for name, reason in layouts.items())
 
 
-def model_of(case: cases.Case, rig: Rig) -> dict[str, dict[str, float]]:
+def model_of(case: cases.Case, rig: Rig, directions: int = 1) -> dict[str, dict[str, float]]:
     """Return the estimated seconds of the parts of a step, by the kernel's name; none of one step by step."""
-    return _of_scans("step_times", case, rig)
+    return _of_scans("step_times", case, rig, directions)
 
 
-def _of_scans(what: str, case: cases.Case, rig: Rig) -> dict[str, Any]:
+def _of_scans(what: str, case: cases.Case, rig: Rig, directions: int) -> dict[str, Any]:
     """Return what a function of the module `cuda` says of each scan of a case."""
     ask = getattr(importlib.import_module("rnnkit.kernels.cuda"), what)
     own = KernelCase(case.cell, case.dtype, case.H, device=rig.backend)
-    directions = ("forward", "backward") if case.operation == "train" else ("forward",)
-    names = [f"{case.cell}_{direction}" for direction in directions]
-    return {name: ask(name, own, case.B) for name in names}
+    ways = ("forward", "backward") if case.operation == "train" else ("forward",)
+    names = [f"{case.cell}_{way}" for way in ways]
+    return {name: ask(name, own, case.B, directions) for name in names}
 
 
 def peers_of(cell: Cell, rig: Rig) -> tuple[str, ...]:

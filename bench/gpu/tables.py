@@ -7,6 +7,7 @@ from typing import Any
 
 from ..records import Record
 from ..tables import duration, geometric_mean, grouped, number, shape_of, table
+from .plan import special
 
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
 
@@ -50,7 +51,8 @@ def summary(records: Sequence[Record]) -> str:
 def models(records: Sequence[Record]) -> str:
     """Return what a step of whole sequences took beside what its model says; empty where none was timed.
 
-    The measured time has the large products before and after the scan in it, which the model has not.
+    Both are of one layer. The measured time has the large products before and after the scan in it, which the
+    model has not.
     """
     rows = []
     for record in records:
@@ -61,8 +63,9 @@ def models(records: Sequence[Record]) -> str:
             f"{name}: " + (_parts(parts) or "step by step") for name, parts in record["model"].items()
         )
         rows.append([
-            record["operation"] + (", ragged" if record["ragged"] else ""), record["cell"], shape_of(record),
-            "tf32" if record["tf32"] else record["dtype"], f"{1e6 * record['seconds'] / record['T']:.2f}",
+            record["operation"] + _special(record), record["cell"], shape_of(record),
+            "tf32" if record["tf32"] else record["dtype"],
+            f"{1e6 * record['seconds'] / record['T'] / record['layers']:.2f}",
             f"{1e6 * sum(steps.values()):.2f}", parts,
         ])  # fmt: skip
     head = ["operation", "cell", "(T, B, I, H)", "precision", "us a step", "model", "of which, in us"]
@@ -84,7 +87,7 @@ def details(records: Sequence[Record]) -> str:
         forms = [by_form.get(graphed, {}) for graphed in (False, True)]
         precision = "tf32" if own["tf32"] else own["dtype"]
         rows.append([
-            own["operation"] + (", ragged" if own["ragged"] else ""), own["cell"], shape_of(own), precision,
+            own["operation"] + _special(own), own["cell"], shape_of(own), precision,
             *(duration(form.get("peer_seconds")) for form in forms),
             own["kernel"], duration(own["seconds"]) if own["seconds"] else own["status"],
             _spread(own["spread"]), "-" if own["max_error"] is None else f"{own['max_error']:.0e}",
@@ -100,10 +103,9 @@ def problems(records: Sequence[Record]) -> str:
         if record["status"] in ("wrong", "peer wrong", "failed"):
             form = ", graphed" if record["graphed"] and record["status"] == "peer wrong" else ""
             precision = "tf32" if record["tf32"] else record["dtype"]
-            ragged = ", ragged" if record["ragged"] else ""
             lines.append(
                 f"- {record['status']}{form}: {record['operation']} {record['cell']} {shape_of(record)} "
-                f"{precision}{ragged}, {record['kernel']}: {record['reason']}"
+                f"{precision}{_special(record)}, {record['kernel']}: {record['reason']}"
             )
     refused = grouped(
         (r for r in records if r["status"] == "unsupported"), lambda r: (r["kernel"], r["reason"])
@@ -123,8 +125,12 @@ def report(records: Sequence[Record]) -> str:
 
 
 def _cell(record: Record) -> tuple[Any, ...]:
-    names = ("operation", "cell", "T", "B", "I", "H", "dtype", "tf32", "ragged")
+    names = ("operation", "cell", "T", "B", "I", "H", "dtype", "tf32", "ragged", "layers", "directions")
     return tuple(record[name] for name in names)
+
+
+def _special(record: Record) -> str:
+    return special(record["ragged"], record["layers"], record["directions"])
 
 
 def _ratios(records: Sequence[Record], graphed: bool) -> str:

@@ -56,9 +56,23 @@ def test_a_measured_cell_has_the_model_of_its_plan(host):
     assert all(sum(parts.values()) > 0 for parts in model.values())
 
 
+def test_two_directions_have_a_model_of_both(host):
+    """Also where they are a launch each: then it is twice that of one."""
+    case = cases.Case("train", "lstm", 3, 5, 6, 24)
+    for directions, least, most in ((1, 1.0, 1.0), (2, 1.0, 2.0)):
+        both, one = (sides.model_of(case, host, each) for each in (directions, 1))
+        for name, parts in both.items():
+            assert least * sum(one[name].values()) <= sum(parts.values()) <= most * sum(one[name].values())
+    found = measure.measure(
+        "q", plan.Cell(case, False, True, 2, 2), host, timing.Effort(0.0, 1)
+    )  # fmt: skip
+    assert {record["status"] for record in found} == {"ok"}
+    assert found[0]["model"] == sides.model_of(case, host, 2)
+
+
 def test_what_does_not_fit_says_why(host):
     case = cases.Case("forward", "lstm", 3, 5, 6, 1 << 15)
-    assert "hidden units do not fit" in sides.why_not(sides.WHOLE, case, host)
+    assert "hidden units are too many" in sides.why_not(sides.WHOLE, case, host)
     assert sides.model_of(case, host) == {"lstm_forward": {}}
     assert sides.why_not("cuda", case, host) is None
 

@@ -71,8 +71,8 @@ def both(name: str, case: Case, T: int, B: int) -> Callable[..., Any] | None:
 def whole_sequence(name: str, case: Case, B: int, directions: int = 1) -> Plan | str:
     """Return how a scan of B sequences is laid out in one launch on the current device, or why it is not.
 
-    That is what ``RNNKIT_PERSISTENT=1`` would do; this does not ask whether it is set. With two directions
-    it is the launch of both, which is taken where it gains something.
+    That is what ``RNNKIT_PERSISTENT=1`` would do; this does not ask whether it is set. Two directions may
+    still be a launch each.
     """
     if not (FOLDER / f"persistent_{name}.cu").exists():
         return f"there is no such kernel for {name}"
@@ -83,13 +83,14 @@ def whole_sequence(name: str, case: Case, B: int, directions: int = 1) -> Plan |
 
 
 def step_times(name: str, case: Case, B: int, directions: int = 1) -> dict[str, float]:
-    """Return estimated seconds of the parts of a step of such a scan; none where it is not one launch."""
+    """Return estimated seconds of the parts of a step, of all directions; none where it is not one launch."""
     layout, tf32 = whole_sequence(name, case, B, directions), _loader.precision("float32") == "TF32"
     if isinstance(layout, str):
         return {}
     backward = name.endswith("_backward")
-    scan = Scan(case.cell, backward, case.dtype, tf32, B, case.hidden_size, directions)
-    return _step_times(layout, scan, _loader.limits())
+    scan = Scan(case.cell, backward, case.dtype, tf32, B, case.hidden_size, layout.directions)
+    times = _step_times(layout, scan, _loader.limits())
+    return {part: seconds * directions / layout.directions for part, seconds in times.items()}
 
 
 def note(name: str, case: Case) -> str | None:
@@ -115,5 +116,7 @@ def _launches(name: str, case: Case) -> str:
     fitting = [B for B, layout in layouts.items() if isinstance(layout, Plan)]
     if not fitting:
         return f"step by step: {layouts[1]}"
-    more = " or more" if fitting[-1] == _BATCHES[-1] else ""
-    return f"one launch a sequence (RNNKIT_PERSISTENT=1) for {fitting[-1]} sequences{more}"
+    if fitting[-1] == _BATCHES[-1]:
+        return f"one launch a sequence (RNNKIT_PERSISTENT=1) for {fitting[-1]} sequences or more"
+    more = layouts[_BATCHES[_BATCHES.index(fitting[-1]) + 1]]
+    return f"one launch a sequence (RNNKIT_PERSISTENT=1) for up to {fitting[-1]} sequences; for more: {more}"

@@ -60,30 +60,29 @@ def together(cell: str, backward: bool, dtype: str, T: int, B: int, H: int) -> P
     if not enabled() or T < 2:
         return None
     layout = layout_of(cell, backward, dtype, B, H, 2)
-    if isinstance(layout, str):
-        return None
-    alone = layout_of(cell, backward, dtype, B, H)
-    if isinstance(alone, str):
-        return layout
-    pays = _seconds(layout, cell, backward, dtype, B, H) < 2 * _seconds(alone, cell, backward, dtype, B, H)
-    return layout if pays else None
+    return layout if isinstance(layout, Plan) and layout.directions == 2 else None
 
 
 def layout_of(cell: str, backward: bool, dtype: str, B: int, H: int, directions: int = 1) -> Plan | str:
-    """Return the layout on the current device, or why there is none."""
-    return _plan(_scan(cell, backward, dtype, B, H, directions), _loader.limits())
+    """Return the layout on the current device, or why there is none.
 
-
-def _scan(cell: str, backward: bool, dtype: str, B: int, H: int, directions: int) -> Scan:
-    tf32 = _loader.precision("float32") == "TF32"
+    For two directions it is one of both at once, or that of one where two of those take no longer.
+    """
+    tf32, limits = _loader.precision("float32") == "TF32", _loader.limits()
     # Groups are multiples of 8 sequences, and each layout is a variant that is compiled at its first use.
-    return Scan(cell, backward, dtype, tf32, -(-B // 8) * 8, H, directions)
+    scan = Scan(cell, backward, dtype, tf32, -(-B // 8) * 8, H)
+    alone = _plan(scan, limits)
+    if directions == 1:
+        return alone
+    both = _plan(scan._replace(directions=2), limits)
+    if isinstance(both, str) or isinstance(alone, str):
+        return alone if isinstance(both, str) else both
+    return both if _seconds(both, scan, limits) < 2 * _seconds(alone, scan, limits) else alone
 
 
-def _seconds(layout: Plan, cell: str, backward: bool, dtype: str, B: int, H: int) -> float:
+def _seconds(layout: Plan, scan: Scan, limits: Limits) -> float:
     """Return the estimated seconds of a step of all directions of a layout."""
-    limits: Limits = _loader.limits()
-    return sum(step_times(layout, _scan(cell, backward, dtype, B, H, layout.directions), limits).values())
+    return sum(step_times(layout, scan._replace(directions=layout.directions), limits).values())
 
 
 def there(

@@ -193,7 +193,7 @@ class Plan(NamedTuple):
 # what sm_100 needs, which needs most (tests/kernels/whole_sequences.csv).
 _OTHER_REGISTERS = 72
 _FROM_SHARED = 20
-_STREAMING = 16
+_STREAMING = 24
 _SECOND_DIRECTION = 20
 _MOST_REGISTERS = 255  # of a thread: the architecture's
 _MOST_BLOCKS = 65535  # along the axis y of a grid, which the kernels use
