@@ -122,6 +122,37 @@ def test_cross_entropy_agrees_with_the_reference(cuda, rng, dtype, how):
             np.testing.assert_array_equal(d_logits, d_other)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", ["all", "some", "none"])
+def test_cross_entropy_without_a_gradient(cuda, rng, monkeypatch, dtype, how):
+    """The same bits of the loss, and no memory for a gradient."""
+    problems = [rows_and_targets(rng, M, V, dtype, how) for M, V in ((1, 1), (7, 5), (40, 65), (2, 4100))]
+    if how == "all":
+        problems[1][1][2], problems[2][1][3] = -1, 65
+    shapes, part = [], cuda.parts[f"{cuda.__name__}._training"]
+    xp = part.namespace_of(None)
+
+    def empty(shape, dtype):
+        shapes.append(shape)
+        return xp.empty(shape, dtype)
+
+    watched = SimpleNamespace(empty=empty, ascontiguousarray=np.ascontiguousarray)
+    monkeypatch.setattr(part, "namespace_of", lambda array: watched)
+    for problem, order in itertools.product(problems, ORDERS):
+        cuda.device.order = order
+        moved = [None if array is None else in_fences(array) for array in problem]
+        expected, _ = cuda.softmax_cross_entropy(*moved)
+        assert shapes.count(problem[0].shape) == 1
+        shapes.clear()
+        cuda.device.launches.clear()
+        loss, nothing = cuda.softmax_cross_entropy(*moved, gradient=False)
+        assert nothing is None
+        assert max(map(len, shapes)) < 2
+        assert len(cuda.device.launches) == 2 + (how != "all")
+        np.testing.assert_array_equal(loss, expected)
+        shapes.clear()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_cross_entropy_of_extreme_logits(cuda, dtype):
     """Impossible classes, whole threads of them too, large numbers, and what can only be NaN."""

@@ -23,15 +23,14 @@ def softmax_cross_entropy(
 ) -> tuple[Array, Array | None]:
     """Return the mean loss () of the rows of logits (M, V) that count, and its gradient (M, V) if wanted.
 
-    Two launches, the rows and their mean; with `counts` (M,) one before them. Sums have one order. The
-    gradient is made in any case.
+    Two launches, the rows and their mean; with `counts` (M,) one before them. Sums have one order.
     """
     xp, (M, V) = namespace_of(logits), logits.shape
     # All come through a reshape, which keeps the strides of a user's own array.
     logits, targets = xp.ascontiguousarray(logits), xp.ascontiguousarray(targets)
     dtype, wide = str(logits.dtype), np.dtype(accumulation_dtype(str(logits.dtype)))
     losses, loss = xp.empty((M,), dtype=wide), xp.empty((), dtype=wide)
-    d_logits, n = xp.empty((M, V), dtype=logits.dtype), None
+    d_logits, n = xp.empty((M, V), dtype=logits.dtype) if gradient else None, None
 
     def launch(name: str, blocks: int, lanes: int, arguments: tuple[Any, ...], vector: int = 1) -> None:
         threads = min(_THREADS_ALONE, -(-lanes // _WARP) * _WARP)
@@ -45,7 +44,7 @@ def softmax_cross_entropy(
     rows = logits, targets, counts, n, losses, d_logits, V
     launch("cross_entropy_rows", M, -(-V // vector), rows, vector)
     launch("cross_entropy_mean", 1, M, (losses, n, loss, M))
-    return loss, d_logits if gradient else None
+    return loss, d_logits
 
 
 def adam(
