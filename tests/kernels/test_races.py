@@ -69,7 +69,7 @@ def test_a_race_of_the_real_kernel_is_found(parts, monkeypatch):
         test_no_races(parts, monkeypatch, NoChance(), "lstm", "bfloat16", 24, "several")
 
 
-TELLING = """tell_done(const Scan& scan, unsigned count) {
+TELLING = """tell_done(unsigned* flags, int block, unsigned count) {
     __syncthreads();
 """
 

@@ -75,12 +75,6 @@ constexpr int SUMS_PITCH = ROWS + 4;
 static_assert(IN_SHARED < WINDOWS, "some of the weights are in registers");
 static_assert(GRID || CHUNKS == 1, "a block alone keeps the whole operand");
 
-// A block looks so many times before it gives up: some seconds, where a step takes microseconds. It looks
-// whether another one gave up once in PATIENCE times.
-#ifndef MOST_SPINS
-#define MOST_SPINS (1u << 23)
-#endif
-constexpr unsigned PATIENCE = MOST_SPINS / 64;
 // Every block sorts the lengths for itself, by comparing each with all: a few microseconds for so many.
 constexpr int MOST_SORTED = 2048;
 
@@ -171,28 +165,14 @@ __device__ __forceinline__ void choose_sequences(const Scan& scan, Sequence* seq
 
 // ------------------------------------------------------------------------------------- blocks of a group
 
-// Waits until all blocks of the group have done `count` steps. False, for all threads, where one does not
-// come in time or another block gave up waiting: then the host will learn it from the error flag.
+// Waits until all blocks of the group have done `count` steps; false, for all threads, where one does not come.
 __device__ __forceinline__ bool all_have_done(const Scan& scan, unsigned count) {
-    const unsigned* const flags = scan.flags + 1 + scan.group() * scan.blocks();
-    bool failed = false;
-    for (int k = threadIdx.x; k < scan.blocks() && !failed; k += THREADS) {
-        for (unsigned spins = 1; load_acquire(flags + k) < count && !failed; ++spins) {
-            if (spins == MOST_SPINS) {
-                store_system(scan.error, 1);
-                store_release(scan.flags, 1);
-            }
-            if (spins % PATIENCE == 0) failed = load_acquire(scan.flags) != 0;
-            pause();
-        }
-    }
-    return !__syncthreads_or(failed);
+    return all_are_done(scan.flags, scan.group() * scan.blocks(), scan.blocks(), count, scan.error);
 }
 
-// Tells the group that this block has done `count` steps: all its threads, whose stores come before.
+// Tells the group that this block has done `count` steps.
 __device__ __forceinline__ void tell_done(const Scan& scan, unsigned count) {
-    __syncthreads();
-    if (threadIdx.x == 0) store_release(scan.flags + 1 + scan.block(), count);
+    tell_done(scan.flags, scan.block(), count);
 }
 
 // An item's gates at step t of gates (T, B, GATES*H).
