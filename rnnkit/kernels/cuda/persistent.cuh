@@ -1,5 +1,5 @@
 // A scan whose whole time loop is one launch: what the persistent_*.cu files share. Include common.cuh,
-// sync.cuh and tensor.cuh first. Here are the plan, who does what, and how blocks wait;
+// sync.cuh, which says how blocks wait, and tensor.cuh first. Here are the plan and who does what;
 // persistent_product.cuh multiplies, persistent_run.cuh has the loop. Nothing of this has run on a device.
 //
 // A group of SEQUENCES sequences is served by the blocks of a row of the grid, which wait for each other at
