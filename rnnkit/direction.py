@@ -93,24 +93,38 @@ class Direction:
             short = self._run_short(kernels, x, [state[None] for state in states])
             if short is not None:
                 return short[0], [state[0] for state in short[1]], None
-        xp, (T, B) = self._backend.xp, x.shape[:2]
-        rows = xp.reshape(x, (T * B, *x.shape[2:]))
-        if call.live is not None:
-            rows = xp.take(rows, call.live.index, axis=0)
+        rows = self._input_rows(x, call)
         layer = kernels.functions.get(f"{self._case.cell}_layer")
         if layer is None:
-            gates = self.input_share(rows, call.embedding)
-            if call.live is not None:
-                gates = self._backend.put_rows(gates, call.live.index, T * B)
-            scan, source = kernels[f"{self._case.cell}_forward"], xp.reshape(gates, (T, B, gates.shape[1]))
-            options = self._options
+            scan, options = kernels[f"{self._case.cell}_forward"], self._options
+            source = self._gates(rows, call)
         else:
             scan, (source, options) = layer, self._input_of_layer(x, rows, call)
-        output, *final, saved = scan(
+        scanned = scan(
             source, *states, self._weight_hh, **options, lengths=call.lengths, reverse=self._reverse,
             save=save,
         )  # fmt: skip
-        if not save:
+        return self._record(scanned, rows, states, call)
+
+    def _input_rows(self, x: Array, call: SequenceInput) -> Array:
+        """Return x (T, B, I), or integers (T, B), as rows; only those of live steps if the call packs."""
+        T, B, *features = x.shape
+        rows = self._backend.xp.reshape(x, (T * B, *features))
+        return rows if call.live is None else self._backend.xp.take(rows, call.live.index, axis=0)
+
+    def _gates(self, rows: Array, call: SequenceInput) -> Array:
+        """Return what the input adds to the gates, (T, B, G*H), from all its rows."""
+        (T, B), gates = call.x.shape[:2], self.input_share(rows, call.embedding)
+        if call.live is not None:
+            gates = self._backend.put_rows(gates, call.live.index, T * B)
+        return self._backend.xp.reshape(gates, (T, B, gates.shape[1]))
+
+    def _record(
+        self, scanned: tuple[Any, ...], rows: Array, states: list[Array], call: SequenceInput
+    ) -> tuple[Array, list[Array], Recorded | None]:
+        """Return what `forward` does, from what the kernel returned."""
+        output, *final, saved = scanned
+        if saved is None:
             return output, final, None
         return output, final, Recorded(rows, states[0] if call.has_state else None, output, saved)
 
@@ -208,10 +222,18 @@ class Direction:
 
         d_x is (T, B, I); (V, I), the embedding's gradient, for tokens with one; None for one-hot vectors.
         """
-        d_gates, *rest = kernels[f"{self._case.cell}_backward"](
+        scanned = kernels[f"{self._case.cell}_backward"](
             recorded.saved, self._weight_hh, d_output, *d_final, **self._backward_options()
         )
-        d_initial, special = rest[: len(d_final)], rest[len(d_final) :]
+        return self.gradients(scanned, len(d_final), recorded, call, d_params)
+
+    def gradients(
+        self, scanned: tuple[Array, ...], states: int, recorded: Recorded, call: SequenceInput,
+        d_params: Mapping[str, Array],
+    ) -> tuple[Array | None, list[Array]]:  # fmt: skip
+        """Return what `backward` does, from what the kernel returned; the cell has so many states."""
+        d_gates, *rest = scanned
+        d_initial, special = rest[:states], rest[states:]
         d_rows = self._live_rows(d_gates, call)
         d_x = self._input_gradients(recorded.rows, d_rows, call, d_params)
         d_bias = self._sum(d_rows) if self._has_bias else None
@@ -362,6 +384,40 @@ class GRUDirection(Direction):
         if d_bias is not None:
             write(xp, d_params["bias_ih"], d_bias)
             write(xp, d_params["bias_hh"], xp.concat([d_bias[:cut], self._sum(d_recurrent_n)]))
+
+
+def forward_both(
+    directions: list[Direction], scan: Callable[..., Any], x: Array, states: list[list[Array]],
+    call: SequenceInput, *, save: bool,
+) -> list[tuple[Array, list[Array], Recorded | None]]:  # fmt: skip
+    """Return what `forward` of each direction of a layer does, by a kernel that runs both at once."""
+    rows = directions[0]._input_rows(x, call)
+    scanned = scan(
+        [one._gates(rows, call) for one in directions],
+        *map(list, zip(*states, strict=True)),
+        [one._weight_hh for one in directions],
+        **{name: [one._options[name] for one in directions] for name in directions[0]._options},
+        lengths=call.lengths,
+        save=save,
+    )
+    return [
+        one._record(result, rows, initial, call)
+        for one, result, initial in zip(directions, scanned, states, strict=True)
+    ]
+
+
+def backward_both(
+    directions: list[Direction], scan: Callable[..., Any], recorded: list[Recorded],
+    incoming: list[tuple[Array, list[Array]]],
+) -> list[tuple[Array, ...]]:  # fmt: skip
+    """Return the kernel's results for `gradients` of each direction, from its d_output and d_final."""
+    results: list[tuple[Array, ...]] = scan(
+        [one.saved for one in recorded],
+        [one._weight_hh for one in directions],
+        [d_output for d_output, _ in incoming],
+        *map(list, zip(*(d_final for _, d_final in incoming), strict=True)),
+    )
+    return results
 
 
 def write(xp: Any, out: Array, value: Array) -> None:

@@ -6,7 +6,7 @@ One direction of one layer is in `rnnkit.direction`, the cells are in `rnnkit.re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from ._array import is_integer
 from ._random import dropout_scale
 from ._typing import Array
-from .direction import Direction, Recorded
+from .direction import Direction, Recorded, backward_both, forward_both
 from .kernels import Case, Kernels, kernels_for, names_of
 from .parameters import Gradients, Layer, ParameterDict, initial_uniform
 from .sequence import SequenceInput, check_sequence
@@ -228,16 +228,13 @@ class Stack(Layer):
         kernels, x = self._kernels(), call.x
         tape: Tape = []
         finals: list[list[Array]] = [[] for _ in self._state_names]
-        for layer, directions in enumerate(self._directions):
+        for layer in range(self.num_layers):
             scale = None
             if save and layer and self._drops:
                 scale = dropout_scale(x, self._backend.xp, self.dropout, seed, f"dropout_l{layer - 1}")
                 x = x * scale
             outputs, recorded = [], []
-            for direction in directions:
-                k = len(finals[0])
-                initial = [self._backend.contiguous(kind[k, :, :]) for kind in states]
-                output, final, record = direction.forward(kernels, x, initial, call, save=save)
+            for output, final, record in self._run_layer(kernels, layer, x, states, call, save):
                 for collected, value in zip(finals, final, strict=True):
                     collected.append(value)
                 outputs.append(output)
@@ -248,6 +245,29 @@ class Stack(Layer):
                 tape.append((scale, recorded))
         return x, finals, tape
 
+    def _run_layer(
+        self, kernels: Kernels, layer: int, x: Array, states: list[Array], call: SequenceInput, save: bool
+    ) -> list[tuple[Array, list[Array], Recorded | None]]:
+        """Return what each direction of a layer does; they run at once where a kernel gains from that."""
+        directions = self._directions[layer]
+        both = self._both(kernels, "forward", call)
+        if both is not None:
+            initial = [self._of(states, layer, k) for k in range(len(directions))]
+            return forward_both(directions, both, x, initial, call, save=save)
+        return [
+            direction.forward(kernels, x, self._of(states, layer, k), call, save=save)
+            for k, direction in enumerate(directions)
+        ]
+
+    def _both(self, kernels: Kernels, way: str, call: SequenceInput) -> Callable[..., Any] | None:
+        """Return the kernel for both directions of a layer at once, or None."""
+        return kernels.both(f"{self._cell}_{way}", *call.x.shape[:2]) if self.bidirectional else None
+
+    def _of(self, kinds: list[Array], layer: int, k: int) -> list[Array]:
+        """Return a direction's part (B, .) of each kind of state (L*D, B, .)."""
+        at = layer * (1 + self.bidirectional) + k
+        return [self._backend.contiguous(kind[at, :, :]) for kind in kinds]
+
     def _run_back(self, call: SequenceInput, tape: Tape, d_output: Array, d_states: list[Array]) -> Gradients:
         kernels, d_x = self._kernels(), d_output
         # Every direction writes its own part of it.
@@ -255,15 +275,8 @@ class Stack(Layer):
         d_initial: list[list[Array]] = [[] for _ in self._state_names]
         for layer in reversed(range(self.num_layers)):
             scale, recorded = tape.pop()  # a layer's buffers are free as soon as it is done
-            d_y, d_x, D, P = d_x, None, len(recorded), recorded[0].output.shape[-1]
-            for k in reversed(range(D)):
-                at = layer * D + k
-                d_part = d_y if D == 1 else d_y[:, :, k * P : (k + 1) * P]
-                d_in, d_0 = self._directions[layer][k].backward(
-                    kernels, recorded.pop(), self._backend.contiguous(d_part),
-                    [self._backend.contiguous(kind[at, :, :]) for kind in d_states], call,
-                    self._local(d_params, layer, k),
-                )  # fmt: skip
+            d_y, d_x = d_x, None
+            for d_in, d_0 in self._run_layer_back(kernels, layer, recorded, d_y, d_states, call, d_params):
                 if d_in is not None:
                     d_x = d_in if d_x is None else d_x + d_in
                 for kind, value in zip(d_initial, d_0, strict=True):
@@ -273,6 +286,30 @@ class Stack(Layer):
         if d_x is not None and call.embedding is None:
             d_x = call.as_given(d_x)
         return Gradients(d_x, d_params, self._present_state(call, d_initial))
+
+    def _run_layer_back(
+        self, kernels: Kernels, layer: int, recorded: list[Recorded], d_y: Array, d_states: list[Array],
+        call: SequenceInput, d_params: ParameterDict,
+    ) -> Iterator[tuple[Array | None, list[Array]]]:  # fmt: skip
+        """Yield what each direction of a layer returns, the last first; each has a part of d_y."""
+        directions, P = self._directions[layer], recorded[0].output.shape[-1]
+        backwards = list(reversed(range(len(directions))))
+
+        def incoming(k: int) -> tuple[Array, list[Array]]:
+            d_part = d_y[:, :, k * P : (k + 1) * P] if self.bidirectional else d_y
+            return self._backend.contiguous(d_part), self._of(d_states, layer, k)
+
+        both = self._both(kernels, "backward", call)
+        if both is None:
+            for k in backwards:
+                d_part, d_final = incoming(k)
+                own = self._local(d_params, layer, k)
+                yield directions[k].backward(kernels, recorded.pop(), d_part, d_final, call, own)
+            return
+        scanned = backward_both(directions, both, recorded, [incoming(0), incoming(1)])
+        for k in backwards:
+            own = self._local(d_params, layer, k)
+            yield directions[k].gradients(scanned.pop(), len(d_states), recorded.pop(), call, own)
 
     # ----------------------------------------------------------------------------------- validation
 

@@ -33,6 +33,11 @@ sequences, where states are (1, B, H) and biases have no elements if a layer has
     gru_short(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh) -> output, h_n
     rnn_short(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, *, nonlinearity="tanh") -> output, h_n
 
+A module may also have ``both(name, case, T, B)``: the function that computes a scan, there or back, in both
+directions of a layer at once, or None where that gains nothing. It takes the same arguments but `reverse`,
+those that the directions do not share as lists of two, and returns a list of two results, that of the reverse
+direction last.
+
 Each has ``why_not(name, case)``, None where it can serve the case and otherwise the reason, in a few words.
 It may have ``note(name, case)``, a line for `explain()` on what the numbers depend on, or None. A scan's
 forward and backward always come from the same module, since `saved` is its own business.
@@ -76,6 +81,11 @@ class Kernels:
     def __getitem__(self, name: str) -> Callable[..., Any]:
         """Return the function of that name."""
         return self.functions[name]
+
+    def both(self, name: str, T: int, B: int) -> Callable[..., Any] | None:
+        """Return what runs the kernel of that name in both directions of a layer at once, or None."""
+        ask = getattr(_load(self.modules[name]), "both", None)
+        return ask(name, self.case, T, B) if ask else None
 
     def note(self, name: str) -> str | None:
         """Return what the module of that kernel has to say about its numbers now, or None."""

@@ -15,7 +15,7 @@ from host_device import ORDERS, fenced, on_host
 from test_kernels import TOLERANCE, Problem, assert_agrees, assert_close, problem
 
 import rnnkit
-from rnnkit.kernels import _choose, reference
+from rnnkit.kernels import Case, _choose, reference
 
 # Of a TF32 product, in units of the largest entry: float16 has as many digits.
 TF32 = TOLERANCE["float16"]
@@ -54,13 +54,15 @@ def take(monkeypatch, persistent, plans):
     return take
 
 
-def by_hand(plans, scan, units, n_tiles=1, warps_m=1, warps_k=1, chunks=1, in_shared=0):
+def by_hand(
+    plans, scan, units, n_tiles=1, warps_m=1, warps_k=1, chunks=1, in_shared=0, streamed=0, ring=0, at_once=99
+):  # fmt: skip
     windows = -(-scan.operands * scan.operand_bytes // 64)
     tiles = -(-units * (1 if scan.backward else scan.gates) // 16)
     return plans.Plan(
         product=scan.product, units=units, n_tiles=n_tiles, tiles_m=-(-tiles // warps_m), warps_m=warps_m,
-        warps_k=warps_k, windows=-(-windows // (warps_k * chunks)), chunks=chunks, in_shared=in_shared,
-        grid=units < scan.H,
+        warps_k=warps_k, windows=-(-windows // (warps_k * chunks)), chunks=chunks, grid=units < scan.H,
+        in_shared=in_shared, streamed=streamed, ring=ring, directions=scan.directions, at_once=at_once,
     )  # fmt: skip
 
 
@@ -90,6 +92,15 @@ LAYOUTS = {
     "several": (SEVERAL, SEVERAL),
     "chunks": (SEVERAL | {"n_tiles": 2}, {"units": 16, "n_tiles": 2, "warps_k": 2, "chunks": 3}),
     "in_shared": ({"units": 8, "in_shared": 1}, {"units": 16, "chunks": 2, "in_shared": 1}),
+    "streamed": (
+        {"units": 8, "streamed": 2, "ring": 2},
+        {"units": 16, "chunks": 2, "in_shared": 1, "streamed": 2, "ring": 3},
+    ),
+    "streamed alone": (
+        {"units": 72, "warps_m": 4, "streamed": 2, "ring": 1},
+        {"units": 72, "warps_m": 2, "warps_k": 2, "streamed": 7, "ring": 3},
+    ),
+    "launches": (SEVERAL | {"at_once": 2}, SEVERAL | {"at_once": 1}),
 }
 # Variant of a cell, dtype, TF32, H, layout.
 CASES = [
@@ -107,6 +118,12 @@ CASES = [
     ("gru-bias", "float32", False, 23, "alone"),
     ("rnn-tanh", "bfloat16", False, 24, "several"),
     ("rnn-relu", "float32", False, 23, "alone"),
+    ("lstm", "bfloat16", False, 72, "streamed"),
+    ("lstm", "float32", True, 40, "streamed"),
+    ("gru-bias", "float32", False, 39, "streamed"),
+    ("lstm", "float16", False, 72, "streamed alone"),
+    ("lstm", "float32", False, 24, "launches"),
+    ("gru-bias", "bfloat16", False, 23, "launches"),
 ]
 
 
@@ -115,7 +132,8 @@ def test_agrees_with_the_reference(cuda, take, rng, variant, dtype, tf32, H, lay
     """In any order of threads; 5 sequences fill no tile of 8, 19 need several groups."""
     take(*LAYOUTS[layout], tf32=tf32)
     orders = itertools.cycle(ORDERS)
-    for B, ragged, reverse in itertools.product((5, 19), ("none", "unsorted", "zero"), (False, True)):
+    batches = (5, "none"), (5, "unsorted"), (19, "unsorted"), (19, "zero")
+    for (B, ragged), reverse in itertools.product(batches, (False, True)):
         cuda.device.order = next(orders)
         T = 2 if ragged == "zero" else 5
         seed = int(rng.integers(1 << 30))
@@ -154,6 +172,124 @@ def agrees(case, module, dtype, tolerance):
     for ours, theirs in zip(gradients, d_expected, strict=True):
         assert_close(ours, theirs, 2 * tolerance, "gradient")
     return None
+
+
+# ---------------------------------------------------------------------------- both directions at once
+
+
+def both_ways(variant, dtype, T, B, H, ragged, seed):
+    """Return a problem for each direction of a layer; they share the lengths."""
+    one, two = (
+        in_fences(problem(variant, dtype, T, B, H, ragged=ragged, reverse=reverse, seed=seed + reverse))
+        for reverse in (False, True)
+    )
+    if one.lengths is not None:
+        two = two._replace(lengths=one.lengths)
+        two.d_output[np.arange(T)[:, None] >= one.lengths[None, :]] = 0
+    return one, two
+
+
+def run_both(cuda, layouts, problems):
+    """Return results and gradients of each direction, from one launch each way."""
+
+    def kinds(states):
+        return map(list, zip(*states, strict=True))
+
+    cell, options = problems[0].cell, problems[0].options
+    weights = [case.weight_hh for case in problems]
+    scanned = cuda._BOTH[f"{cell}_forward"](
+        layouts[0], [case.gates.copy() for case in problems], *kinds(case.states for case in problems),
+        weights, **{name: [case.options[name] for case in problems] for name in options},
+        lengths=problems[0].lengths,
+    )  # fmt: skip
+    results = [[result.copy() for result in results] for *results, _ in scanned]
+    gradients = cuda._BOTH[f"{cell}_backward"](
+        layouts[1], [saved for *_, saved in scanned], weights, [case.d_output for case in problems],
+        *kinds(case.d_states for case in problems),
+    )  # fmt: skip
+    return results, gradients
+
+
+@pytest.mark.parametrize(("variant", "dtype", "H", "layout"), [
+    ("lstm", "bfloat16", 24, "alone"),
+    ("lstm", "bfloat16", 23, "several"),
+    ("lstm", "float32", 39, "streamed"),
+    ("gru-bias", "float32", 24, "launches"),
+    ("rnn-relu", "bfloat16", 24, "several"),
+])  # fmt: skip
+def test_both_directions_at_once(cuda, plans, rng, variant, dtype, H, layout):
+    """One launch for both, where each has its own arrays, weights and order of time."""
+    B, T, cell = 11, 4, variant.partition("-")[0]
+    layouts = [
+        by_hand(plans, plans.Scan(cell, backward, dtype, False, B, H, 2), **LAYOUTS[layout][backward])
+        for backward in (False, True)
+    ]
+    expected_launches = 3 if layout == "launches" else 2
+    for ragged, order in (("none", "shuffled"), ("unsorted", "uneven"), ("zero", "reverse")):
+        cuda.device.order = order
+        cuda.device.launches.clear()
+        problems = both_ways(variant, dtype, T, B, H, ragged, int(rng.integers(1 << 30)))
+        results, gradients = run_both(cuda, layouts, problems)
+        assert len(cuda.device.launches) == expected_launches
+        for k, case in enumerate(problems):
+            expected, d_expected = case.both(reference)
+            for ours, theirs in zip(results[k], expected, strict=True):
+                assert_close(ours, theirs, TOLERANCE[dtype], "result")
+            for ours, theirs in zip(gradients[k], d_expected, strict=True):
+                assert_close(ours, theirs, 2 * TOLERANCE[dtype], "gradient")
+
+
+@pytest.fixture
+def on_cuda(cuda, monkeypatch):
+    """Make NumPy's layers use these kernels."""
+    monkeypatch.setitem(rnnkit.kernels._MODULES, "numpy", ("cuda_on_host", "reference"))
+    _choose.cache_clear()
+    yield cuda
+    _choose.cache_clear()
+
+
+@pytest.mark.parametrize("kind", [rnnkit.LSTM, rnnkit.GRU, rnnkit.RNN])
+def test_a_layer_of_two_directions(on_cuda, monkeypatch, rng, kind):
+    """A launch a layer, there and back, whose numbers are those of one direction after the other."""
+    layer = kind(5, 40, 2, bidirectional=True, dropout=0.5, dtype="float32", seed=0)
+    d_output, *parts = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((4, 6, 80), (4, 6, 40), (4, 6, 40))
+    )
+    state = tuple(parts) if kind is rnnkit.LSTM else parts[0]
+    for x in (rng.standard_normal((4, 6, 5)).astype(np.float32), rng.integers(0, 5, (4, 6))):
+        found = []
+        for setting in ("1", "0"):
+            monkeypatch.setenv("RNNKIT_PERSISTENT", setting)
+            on_cuda.device.launches.clear()
+            plain, _ = layer(x, state, lengths=[4, 0, 2, 4, 1, 3])
+            (output, final), pullback = layer.vjp(x, state, lengths=[4, 0, 2, 4, 1, 3], seed=3)
+            grads = pullback(d_output, state)
+            whole = [name for name in on_cuda.device.launches if name.endswith("_persistent")]
+            assert len(whole) == (6 if setting == "1" else 0)
+            states = [*final, *grads.state] if kind is rnnkit.LSTM else [final, grads.state]
+            d_x = [] if grads.x is None else [grads.x]
+            found.append([plain, output, *states, grads.params.flat, *d_x])
+        for ours, theirs in zip(*found, strict=True):
+            assert_close(ours, theirs, 10 * TOLERANCE["float32"], "of both")
+
+
+def test_when_both_directions_go_at_once(cuda, persistent, monkeypatch):
+    """Off unless asked for, not with a projection, and only where the model says that it pays."""
+    case = Case("lstm", "float32", 40)
+    for name in ("lstm_forward", "lstm_backward"):
+        assert cuda.both(name, case, 4, 6) is not None
+        assert cuda.both(name, case._replace(proj_size=8), 4, 6) is None
+        assert cuda.both(name, case._replace(dtype="float64"), 4, 6) is None
+        assert cuda.both(name, case, 1, 6) is None
+        with monkeypatch.context() as patch:
+            patch.setattr(persistent, "_seconds", lambda layout, *rest: 1.0 + 2 * (layout.directions == 2))
+            assert cuda.both(name, case, 4, 6) is None
+        with monkeypatch.context() as patch:
+            patch.setenv("RNNKIT_PERSISTENT", "0")
+            assert cuda.both(name, case, 4, 6) is None
+
+
+# -------------------------------------------------------------------------------------------- details
 
 
 def test_tf32_is_what_was_asked_for(cuda, take):
@@ -269,10 +405,9 @@ def test_a_block_that_does_not_come_is_an_error_and_not_a_hang(cuda, take, monke
 # --------------------------------------------------------------------------------------- who takes them
 
 
-def test_launches_do_not_depend_on_the_steps(cuda, monkeypatch, rng):
+def test_launches_do_not_depend_on_the_steps(on_cuda, monkeypatch, rng):
     """A whole layer, there and back: one launch each way whatever T is, and off unless it is asked for."""
-    monkeypatch.setitem(rnnkit.kernels._MODULES, "numpy", ("cuda_on_host", "reference"))
-    _choose.cache_clear()
+    cuda = on_cuda
     layer = rnnkit.LSTM(5, 16, dtype="float32", seed=0)
 
     def launches(T):
@@ -289,7 +424,6 @@ def test_launches_do_not_depend_on_the_steps(cuda, monkeypatch, rng):
     assert not any(name.endswith("_persistent") for name in launches(3))
     monkeypatch.delenv("RNNKIT_PERSISTENT")
     assert not any(name.endswith("_persistent") for name in launches(3))
-    _choose.cache_clear()
 
 
 def test_what_goes_step_by_step(cuda):
@@ -310,16 +444,16 @@ H200 = (132, 232448, 65536, (9, 0))
 
 
 def test_plans_keep_within_a_device(plans):
-    found = 0
+    found, streamed, launches = 0, 0, 0
     for small, cell, backward in itertools.product((False, True), plans.GATES, (False, True)):
         limits = plans.Limits(20, 101376, 65536, (8, 6)) if small else plans.Limits(*H200)
-        for dtype, B, H in itertools.product(
-            ("bfloat16", "float16", "float32"), (1, 9, 64, 300), (1, 50, 256, 1000)
+        for dtype, B, H, directions in itertools.product(
+            ("bfloat16", "float32"), (9, 300), (1, 50, 256, 1000, 3000), (1, 2)
         ):
-            scan = plans.Scan(cell, backward, dtype, False, B, H)
+            scan = plans.Scan(cell, backward, dtype, False, B, H, directions)
             plan = plans.plan(scan, limits)
             if isinstance(plan, str):
-                assert "registers" in plan
+                assert "step by step" in plan or "too many" in plan
                 continue
             found += 1
             window = 64 // scan.operand_bytes
@@ -330,11 +464,19 @@ def test_plans_keep_within_a_device(plans):
             assert plan.rows >= plan.units * (1 if backward else scan.gates)
             assert plan.warps_k * plan.windows * plan.chunks * window >= scan.operands
             assert plan.grid == (plan.blocks(H) > 1)
-            assert not plan.grid or plan.blocks(H) * plan.groups(B) <= limits.multiprocessors
+            together = plan.blocks(H) * min(plan.at_once, plan.groups(B)) * directions
+            assert together <= (limits.multiprocessors if plan.grid else 65535)
+            assert plan.launches(B) * plan.at_once >= plan.groups(B)
+            assert plan.in_shared + plan.streamed < plan.windows
+            assert min(plan.ring, 1) <= plan.ring <= plan.streamed * plan.chunks
+            streamed += plan.streamed > 0
+            launches += plan.launches(B) > 1
             times = plans.step_times(plan, scan, limits)
             assert all(seconds >= 0 for seconds in times.values())
             assert (times["exchange"] > 0) == plan.grid
-    assert found > 100
+    assert found > 200
+    assert streamed > 20
+    assert launches > 5
 
 
 def test_plans_for_what_matters_most(plans):
@@ -342,7 +484,7 @@ def test_plans_for_what_matters_most(plans):
     for cell, backward in itertools.product(plans.GATES, (False, True)):
         for dtype, tf32, B, H in [
             ("bfloat16", False, 16, 768), ("bfloat16", False, 64, 1024), ("float32", True, 64, 512),
-            ("bfloat16", False, 256, 512), ("bfloat16", False, 16, 2048),
+            ("bfloat16", False, 256, 512), ("bfloat16", False, 16, 2048), ("float32", True, 16, 1024),
         ]:  # fmt: skip
             scan = plans.Scan(cell, backward, dtype, tf32, B, H)
             assert isinstance(plans.plan(scan, plans.Limits(*H200)), plans.Plan), scan
@@ -358,8 +500,22 @@ def test_why_there_is_no_plan(plans):
     assert isinstance(why(), plans.Plan)
     assert "float64" in why({"dtype": "float64"})
     assert "8.0" in why(limits={"capability": (7, 5)})
-    assert "4096 hidden units" in why({"H": 4096})
+    assert "40000 hidden units" in why({"H": 40000})
+    assert "step by step" in why({"B": 256, "H": 2048})
+    assert why({"H": 1024}).streamed == 0 < why({"H": 2048}).streamed
     assert "no sequences" in why({"B": 0})
     # A device without cooperative launches has 0 multiprocessors here: one block a group is all there can be.
     assert not why(limits={"multiprocessors": 0}).grid
     assert isinstance(why({"H": 1024}, {"multiprocessors": 0}), str)
+
+
+def test_two_directions_share_a_device(plans):
+    """Side by side they take little longer than one alone, and less than one after the other."""
+    for cell, backward in itertools.product(plans.GATES, (False, True)):
+        scan, limits = plans.Scan(cell, backward, "bfloat16", False, 32, 512), plans.Limits(*H200)
+        times = []
+        for directions in (1, 2):
+            plan = plans.plan(scan._replace(directions=directions), limits)
+            assert plan.directions == directions
+            times.append(sum(plans.step_times(plan, scan._replace(directions=directions), limits).values()))
+        assert times[0] < times[1] < 1.5 * times[0]

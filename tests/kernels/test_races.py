@@ -9,13 +9,17 @@ from host_device import on_host
 from test_cuda import in_fences
 from test_cuda_training import ONE_STEP, at_odd_address, vectors
 from test_kernels import assert_agrees, problem
-from test_persistent import by_hand
+from test_persistent import both_ways, by_hand, run_both
 
 # (there, back): one block a group; several blocks; the gradients of all gates in chunks. Several warps each.
 LAYOUTS = {
     "alone": ({"units": 24, "warps_m": 2}, {"units": 24, "warps_m": 2, "warps_k": 2}),
     "several": ({"units": 8, "warps_k": 2}, {"units": 8, "warps_k": 2}),
     "chunks": ({"units": 16, "warps_m": 2}, {"units": 32, "warps_m": 2, "n_tiles": 2, "chunks": 3}),
+    "streamed": (
+        {"units": 8, "warps_m": 2, "streamed": 2, "ring": 2},
+        {"units": 16, "chunks": 2, "in_shared": 1, "streamed": 2, "ring": 3},
+    ),
 }
 CASES = [
     ("lstm", "bfloat16", 24, "alone"),
@@ -24,6 +28,7 @@ CASES = [
     ("lstm", "float32", 37, "chunks"),
     ("gru", "bfloat16", 24, "several"),
     ("rnn-tanh", "float32", 24, "several"),
+    ("gru", "float32", 39, "streamed"),
 ]
 
 
@@ -55,6 +60,15 @@ def test_no_races(parts, monkeypatch, rng, variant, dtype, H, layout):
         seed = int(rng.integers(1 << 30))
         case = problem(variant, dtype, 4, 11, H, ragged=ragged, reverse=reverse, seed=seed)
         assert_agrees(case, parts["cuda"], dtype)
+
+
+@pytest.mark.parametrize(("variant", "dtype", "H", "layout"), CASES[1:3])
+def test_no_races_of_both_directions(parts, rng, variant, dtype, H, layout):
+    scans = [parts["_plan"].Scan(variant, backward, dtype, False, 11, H, 2) for backward in (False, True)]
+    layouts = [by_hand(parts["_plan"], scan, **LAYOUTS[layout][scan.backward]) for scan in scans]
+    run_both(
+        parts["cuda"], layouts, both_ways(variant, dtype, 4, 11, H, "unsorted", int(rng.integers(1 << 30)))
+    )
 
 
 def test_a_race_of_the_real_kernel_is_found(parts, monkeypatch):
@@ -99,7 +113,7 @@ TELLING = """tell_done(unsigned* flags, int block, unsigned count) {
 """
 
 
-WAITING = "    if (!all_are_done(flags, 0, gridDim.y, 1, reinterpret_cast<unsigned*>(error))) return;\n"
+WAITING = "    if (!all_are_done(flags, 0, 1, gridDim.y, 1, reinterpret_cast<unsigned*>(error))) return;\n"
 
 
 class NoChance:

@@ -24,26 +24,34 @@ device, and memory comes from CuPy's current allocator.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 from .._case import Case
 from . import _loader, _persistent
 from ._around import embedding_backward, matmul
-from ._gru import gru_backward, gru_forward
-from ._lstm import lstm_backward, lstm_forward
+from ._gru import gru_backward, gru_backwards, gru_forward, gru_forwards
+from ._lstm import lstm_backward, lstm_backwards, lstm_forward, lstm_forwards
 from ._plan import Plan, Scan
 from ._plan import step_times as _step_times
-from ._rnn import rnn_backward, rnn_forward
+from ._rnn import rnn_backward, rnn_backwards, rnn_forward, rnn_forwards
 from ._source import FOLDER
 from ._training import adam, clip, clipped_adam, softmax_cross_entropy
 
 __all__ = [
-    "adam", "clip", "clipped_adam", "embedding_backward", "gru_backward", "gru_forward", "lstm_backward",
-    "lstm_forward", "matmul", "rnn_backward", "rnn_forward", "softmax_cross_entropy", "step_times",
-    "whole_sequence", "why_not",
+    "adam", "both", "clip", "clipped_adam", "embedding_backward", "gru_backward", "gru_forward",
+    "lstm_backward", "lstm_forward", "matmul", "rnn_backward", "rnn_forward", "softmax_cross_entropy",
+    "step_times", "whole_sequence", "why_not",
 ]  # fmt: skip
 
 # Of which `note` says the largest that fits.
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _WITHOUT_PRODUCTS = ("adam", "clip", "embedding_backward", "softmax_cross_entropy")
+_BOTH: dict[str, Callable[..., Any]] = {
+    "rnn_forward": rnn_forwards, "lstm_forward": lstm_forwards, "gru_forward": gru_forwards,
+    "rnn_backward": rnn_backwards, "lstm_backward": lstm_backwards, "gru_backward": gru_backwards,
+}  # fmt: skip
 
 
 def why_not(name: str, case: Case) -> str | None:
@@ -51,24 +59,38 @@ def why_not(name: str, case: Case) -> str | None:
     return None
 
 
-def whole_sequence(name: str, case: Case, B: int) -> Plan | str:
+def both(name: str, case: Case, T: int, B: int) -> Callable[..., Any] | None:
+    """Return what runs a scan of B sequences in both directions side by side; None where nothing is gained.
+
+    One after the other would leave most of a device idle twice: a step is spent waiting, not computing.
+    """
+    if case.proj_size:
+        return None
+    layout = _persistent.together(case.cell, name.endswith("_backward"), case.dtype, T, B, case.hidden_size)
+    return None if layout is None else partial(_BOTH[name], layout)
+
+
+def whole_sequence(name: str, case: Case, B: int, directions: int = 1) -> Plan | str:
     """Return how a scan of B sequences is laid out in one launch on the current device, or why it is not.
 
-    That is what ``RNNKIT_PERSISTENT=1`` would do; this does not ask whether it is set.
+    That is what ``RNNKIT_PERSISTENT=1`` would do; this does not ask whether it is set. With two directions
+    it is the launch of both, which is taken where it gains something.
     """
     if not (FOLDER / f"persistent_{name}.cu").exists():
         return f"there is no such kernel for {name}"
     if case.proj_size:
         return "not with a projection"
-    return _persistent.layout_of(case.cell, name.endswith("_backward"), case.dtype, B, case.hidden_size)
+    backward = name.endswith("_backward")
+    return _persistent.layout_of(case.cell, backward, case.dtype, B, case.hidden_size, directions)
 
 
-def step_times(name: str, case: Case, B: int) -> dict[str, float]:
+def step_times(name: str, case: Case, B: int, directions: int = 1) -> dict[str, float]:
     """Return estimated seconds of the parts of a step of such a scan; none where it is not one launch."""
-    layout, tf32 = whole_sequence(name, case, B), _loader.precision("float32") == "TF32"
+    layout, tf32 = whole_sequence(name, case, B, directions), _loader.precision("float32") == "TF32"
     if isinstance(layout, str):
         return {}
-    scan = Scan(case.cell, name.endswith("_backward"), case.dtype, tf32, B, case.hidden_size)
+    backward = name.endswith("_backward")
+    scan = Scan(case.cell, backward, case.dtype, tf32, B, case.hidden_size, directions)
     return _step_times(layout, scan, _loader.limits())
 
 

@@ -5,20 +5,38 @@ Off unless the environment variable ``RNNKIT_PERSISTENT`` is 1: they have never 
 
 from __future__ import annotations
 
+import itertools
 import os
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..._array import namespace_of
 from ..._typing import Array
 from . import _loader
-from ._plan import LEAST_CAPABILITY, Limits, Plan, Scan, plan
+from ._plan import LEAST_CAPABILITY, Limits, Plan, Scan, plan, step_times
 
 _PIECE = 16  # bytes: the longest load of a thread
 
 _plan = lru_cache(maxsize=256)(plan)
+
+
+class Side(NamedTuple):
+    """What a kernel gets for one direction.
+
+    Attributes
+    ----------
+    weight_hh : array (G*H, H)
+    reads : tuple of arrays
+        What is multiplied with it, if it exists before the launch.
+    args : tuple
+        The kernel's own arrays, those that have a _2 beside them, but for weights and exchange.
+    """
+
+    weight_hh: Array
+    reads: tuple[Array, ...]
+    args: tuple[Any, ...]
 
 
 def enabled() -> bool:
@@ -42,59 +60,80 @@ def chosen(cell: str, backward: bool, dtype: str, T: int, B: int, H: int) -> Pla
     return layout if isinstance(layout, Plan) else None
 
 
-def layout_of(cell: str, backward: bool, dtype: str, B: int, H: int) -> Plan | str:
+def together(cell: str, backward: bool, dtype: str, T: int, B: int, H: int) -> Plan | None:
+    """Return how to lay out the scans of both directions of a layer in one launch.
+
+    None where one after the other is not slower, or where neither is one launch.
+    """
+    if not enabled() or T < 2:
+        return None
+    layout = layout_of(cell, backward, dtype, B, H, 2)
+    if isinstance(layout, str):
+        return None
+    alone = layout_of(cell, backward, dtype, B, H)
+    if isinstance(alone, str):
+        return layout
+    pays = _seconds(layout, cell, backward, dtype, B, H) < 2 * _seconds(alone, cell, backward, dtype, B, H)
+    return layout if pays else None
+
+
+def layout_of(cell: str, backward: bool, dtype: str, B: int, H: int, directions: int = 1) -> Plan | str:
     """Return the layout on the current device, or why there is none."""
-    limits: Limits = _loader.limits()
+    return _plan(_scan(cell, backward, dtype, B, H, directions), _loader.limits())
+
+
+def _scan(cell: str, backward: bool, dtype: str, B: int, H: int, directions: int) -> Scan:
     tf32 = _loader.precision("float32") == "TF32"
     # Groups are multiples of 8 sequences, and each layout is a variant that is compiled at its first use.
-    return _plan(Scan(cell, backward, dtype, tf32, -(-B // 8) * 8, H), limits)
+    return Scan(cell, backward, dtype, tf32, -(-B // 8) * 8, H, directions)
+
+
+def _seconds(layout: Plan, cell: str, backward: bool, dtype: str, B: int, H: int) -> float:
+    """Return the estimated seconds of a step of all directions of a layout."""
+    limits: Limits = _loader.limits()
+    return sum(step_times(layout, _scan(cell, backward, dtype, B, H, layout.directions), limits).values())
 
 
 def there(
-    layout: Plan, cell: str, weight_hh: Array, h_0: Array, output: Array, args: tuple[Any, ...],
-    lengths: Array | None, reverse: bool,
+    layout: Plan, cell: str, sides: list[Side], shape: tuple[int, int, int], lengths: Array | None,
+    reverse: bool, numbers: tuple[int, ...] = (),
 ) -> None:  # fmt: skip
-    """Launch the forward scan of a cell.
+    """Launch the forward scans of a cell: that of one direction, or those of both.
 
     Parameters
     ----------
     layout : Plan
     cell : str
-    weight_hh : array (G*H, H)
-    h_0 : array (B, H)
-    output : array (T, B, H)
-    args : tuple
-        The kernel's arguments between the weights and those that all kernels have.
+    sides : list of Side
+        As many as the layout has directions.
+    shape : (T, B, H)
     lengths : array (B,) or None
     reverse : bool
+        Of the first of two directions.
+    numbers : tuple of int
+        What the kernel gets behind the arrays and before what all kernels get.
     """
-    weights, dtype, reads = _rows_of_pieces(weight_hh, h_0.dtype), str(h_0.dtype), (h_0, output)
-    args = weights, *args
-    _launch(layout, f"{cell}_forward", dtype, args, weights, reads, output.shape, lengths, reverse)
+    weights = [_rows_of_pieces(side.weight_hh, side.weight_hh.dtype) for side in sides]
+    dtype, reads = str(weights[0].dtype), [array for side in sides for array in side.reads]
+    arrays = [(weight, *side.args) for weight, side in zip(weights, sides, strict=True)]
+    _launch(layout, f"{cell}_forward", dtype, arrays, numbers, reads, shape, lengths, reverse)
 
 
 def back(
-    layout: Plan, cell: str, weight_hh: Array, d_output: Array, args: tuple[Any, ...],
-    lengths: Array | None, reverse: bool,
+    layout: Plan, cell: str, sides: list[Side], shape: tuple[int, int, int], lengths: Array | None,
+    reverse: bool, numbers: tuple[int, ...] = (),
 ) -> None:  # fmt: skip
-    """Launch the backward scan of a cell; see `there`."""
-    xp, (_, B, _) = namespace_of(d_output), d_output.shape
-    dtype = np.dtype(d_output.dtype if layout.product == "half" else np.float32)
-    weights = _rows_of_pieces(weight_hh.T, dtype)
-    # What the blocks of a group tell each other.
-    exchange = xp.empty((2, B, weight_hh.shape[0]), dtype=dtype) if layout.grid else None
-    args, reads = (weights, exchange, *args), () if exchange is None else (exchange,)
-    _launch(
-        layout,
-        f"{cell}_backward",
-        str(d_output.dtype),
-        args,
-        weights,
-        reads,
-        d_output.shape,
-        lengths,
-        reverse,
-    )
+    """Launch the backward scans of a cell; see `there`."""
+    arrays, reads, (_, B, _) = [], [], shape
+    stored = str(sides[0].weight_hh.dtype)
+    dtype = np.dtype(stored if layout.product == "half" else np.float32)
+    for side in sides:
+        weights, exchange = _rows_of_pieces(side.weight_hh.T, dtype), None
+        if layout.grid:  # what the blocks of a group tell each other
+            exchange = namespace_of(weights).empty((2, B, side.weight_hh.shape[0]), dtype=dtype)
+            reads.append(exchange)
+        arrays.append((weights, exchange, *side.args))
+    _launch(layout, f"{cell}_backward", stored, arrays, numbers, reads, shape, lengths, reverse)
 
 
 def _rows_of_pieces(matrix: Array, dtype: Any) -> Array:
@@ -115,21 +154,27 @@ def _in_pieces(array: Array) -> bool:
 
 
 def _launch(
-    layout: Plan, name: str, dtype: str, args: tuple[Any, ...], weights: Array,
-    reads: tuple[Array, ...], shape: tuple[int, int, int], lengths: Array | None, reverse: bool,
+    layout: Plan, name: str, dtype: str, arrays: list[tuple[Any, ...]], numbers: tuple[int, ...],
+    reads: list[Array], shape: tuple[int, int, int], lengths: Array | None, reverse: bool,
 ) -> None:  # fmt: skip
-    """Launch a kernel, of the file of the same name; what it multiplies lies in `reads`."""
+    """Launch a kernel, of the file of the same name, as often as its groups need it."""
     error = _loader.error_flag()
     error.check()
-    (T, B, H), aligned = shape, all(map(_in_pieces, reads))
+    (T, B, H), aligned, weights = shape, all(map(_in_pieces, reads)), arrays[0][0]
     kernel = _loader.kernel(
         f"persistent_{name}", f"{name}_persistent", dtype, cooperative=layout.grid,
         macros=(*layout.macros(), ("ALIGNED", int(aligned))),
     )  # fmt: skip
-    blocks, flags = layout.blocks(H) * layout.groups(B), None
+    second = arrays[1] if layout.directions == 2 else [None] * len(arrays[0])
+    own = (*itertools.chain(*zip(arrays[0], second, strict=True)), *numbers)
+    groups = [min(layout.at_once, layout.groups(B) - k) for k in range(0, layout.groups(B), layout.at_once)]
+    blocks = layout.blocks(H) * layout.directions
+    flags: list[Array | None] = [None] * len(groups)
     if layout.grid:
         xp = namespace_of(weights)
-        flags = xp.zeros(blocks + 1, dtype=xp.uint32)
-    args = (*args, lengths, flags, error.address, T, B, H, int(reverse), weights.shape[1])
-    # As (1, n): CuPy shrinks a cooperative grid (n, 1) that does not fit, but raises for this one.
-    kernel((1, blocks), (layout.threads,), args, layout.shared)
+        flags = list(xp.zeros((len(groups), groups[0] * blocks + 1), dtype=xp.uint32))
+    for k, count in enumerate(groups):
+        first = k * layout.at_once
+        args = *own, lengths, flags[k], error.address, T, B, H, int(reverse), weights.shape[1], first
+        # As (1, n): CuPy shrinks a cooperative grid (n, 1) that does not fit, but raises for this one.
+        kernel((1, count * blocks), (layout.threads,), args, layout.shared)

@@ -52,6 +52,8 @@ class Scan(NamedTuple):
         Whether float32 products may be rounded to TF32.
     B, H : int
         Sequences and hidden units.
+    directions : int
+        2 for those of a layer side by side.
     """
 
     cell: str
@@ -60,6 +62,7 @@ class Scan(NamedTuple):
     tf32: bool
     B: int
     H: int
+    directions: int = 1
 
     @property
     def gates(self) -> int:
@@ -89,7 +92,10 @@ class Scan(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A layout; the names are those of the macros in persistent.cuh, which explains them."""
+    """A layout; the names are those of the macros in persistent.cuh, which explains them.
+
+    `at_once` is how many groups of each direction a launch has at most.
+    """
 
     product: str
     units: int
@@ -99,8 +105,12 @@ class Plan(NamedTuple):
     warps_k: int
     windows: int
     chunks: int
-    in_shared: int
     grid: bool
+    in_shared: int = 0
+    streamed: int = 0
+    ring: int = 0
+    directions: int = 1
+    at_once: int = 1
 
     @property
     def sequences(self) -> int:
@@ -127,12 +137,23 @@ class Plan(NamedTuple):
         """Return a block's shared memory in bytes, which persistent.cuh divides up."""
         operand = self.sequences * self.pitch * min(2, self.chunks)
         sums = 4 * self.warps_k * self.sequences * (self.rows + 4)
-        return operand + self.weights_in_shared + sums + 8 * self.sequences
+        ring = self.window_bytes * self.ring
+        return operand + self.weights_in_shared + ring + sums + 8 * self.sequences
+
+    @property
+    def window_bytes(self) -> int:
+        """Return the bytes of a block's weights in a window of each warp."""
+        return 32 * self.threads * self.tiles_m
 
     @property
     def weights_in_shared(self) -> int:
         """Return the bytes of weights that did not fit in the registers of a block."""
-        return 32 * self.threads * self.tiles_m * self.in_shared * self.chunks
+        return self.window_bytes * self.in_shared * self.chunks
+
+    @property
+    def weights_streamed(self) -> int:
+        """Return the bytes of weights that a block reads anew at each step."""
+        return self.window_bytes * self.streamed * self.chunks
 
     def blocks(self, H: int) -> int:
         """Return the blocks of a group."""
@@ -142,12 +163,19 @@ class Plan(NamedTuple):
         """Return how many groups B sequences make."""
         return -(-B // self.sequences)
 
+    def launches(self, B: int) -> int:
+        """Return in how many launches B sequences go."""
+        return -(-self.groups(B) // self.at_once)
+
     def registers(self, gates: int) -> int:
         """Return an estimate of a thread's registers; test_compile.py sees to it that none is spilled."""
-        weights = 8 * self.tiles_m * (self.windows - self.in_shared) * self.chunks
+        weights = 8 * self.tiles_m * (self.windows - self.in_shared - self.streamed) * self.chunks
         sums = self.tiles_m * self.n_tiles * (16 if self.product == "fma" else 4)
         items = -(-self.units * self.sequences // self.threads) * (gates + 3)
-        return weights + sums + items + _OTHER_REGISTERS + (_FROM_SHARED if self.in_shared else 0)
+        more = _FROM_SHARED if self.in_shared or self.streamed else 0
+        more += _STREAMING if self.streamed else 0
+        more += _SECOND_DIRECTION if self.directions == 2 else 0
+        return weights + sums + items + _OTHER_REGISTERS + more
 
     def macros(self) -> tuple[tuple[str, int], ...]:
         """Return the macros of this variant of a kernel."""
@@ -155,7 +183,8 @@ class Plan(NamedTuple):
             ("PRODUCT", PRODUCTS.index(self.product)), ("UNITS", self.units), ("N_TILES", self.n_tiles),
             ("TILES_M", self.tiles_m), ("WARPS_M", self.warps_m), ("WARPS_K", self.warps_k),
             ("WINDOWS", self.windows), ("CHUNKS", self.chunks), ("IN_SHARED", self.in_shared),
-            ("GRID", int(self.grid)),
+            ("STREAMED", self.streamed), ("RING", self.ring), ("GRID", int(self.grid)),
+            ("DIRECTIONS", self.directions),
         )  # fmt: skip
 
 
@@ -165,8 +194,11 @@ class Plan(NamedTuple):
 # what sm_100 needs, which needs most (tests/kernels/whole_sequences.csv).
 _OTHER_REGISTERS = 72
 _FROM_SHARED = 20
+_STREAMING = 16
+_SECOND_DIRECTION = 20
 _MOST_REGISTERS = 255  # of a thread: the architecture's
 _MOST_BLOCKS = 65535  # along the axis y of a grid, which the kernels use
+_IN_FLIGHT = 48 << 10  # bytes of streamed weights that a block asks for ahead
 _WARPS = 8  # a quarter of the registers of a multiprocessor each, at 255 a thread: all of them
 _UNITS = (4, 8, 16, 32, 48, 64, 96, 128, 160, 192)
 _N_TILES = (1, 2, 4, 8)
@@ -185,8 +217,12 @@ def plan(scan: Scan, limits: Limits) -> Plan | str:
         return "a step has more numbers than the kernels count"
     fitting = [layout for layout in _layouts(scan, limits) if _fits(layout, scan, limits)]
     if not fitting:
-        return f"the weights of {scan.H} hidden units do not fit in the registers and shared memory"
-    return min(fitting, key=lambda layout: (sum(step_times(layout, scan, limits).values()), layout))
+        return f"{scan.H} hidden units are too many for the registers and shared memory"
+    seconds, best = min((sum(step_times(layout, scan, limits).values()), layout) for layout in fitting)
+    alone = step_alone(scan)
+    if seconds > _WORTH * alone:
+        return f"an estimated {1e6 * seconds:.0f} us a step, and {1e6 * alone:.0f} step by step"
+    return best
 
 
 def _layouts(scan: Scan, limits: Limits) -> list[Plan]:
@@ -204,12 +240,37 @@ def _layouts(scan: Scan, limits: Limits) -> list[Plan]:
         if chunks > 1 and (not grid or warps_k * windows * (chunks - 1) >= needed):
             continue
         tiles_m = -(-tiles // warps_m)
-        layout = Plan(scan.product, units, n_tiles, tiles_m, warps_m, warps_k, windows, chunks, 0, grid)
-        excess = layout.registers(scan.gates) - _most_registers(layout, limits)
-        in_shared = -(-(excess + _FROM_SHARED) // (8 * tiles_m * chunks)) if excess > 0 else 0
-        if in_shared < windows:
-            found.add(layout._replace(in_shared=in_shared))
+        layout = Plan(
+            scan.product, units, n_tiles, tiles_m, warps_m, warps_k, windows, chunks, grid,
+            directions=scan.directions,
+        )  # fmt: skip
+        blocks = scan.directions * (layout.blocks(scan.H) if grid else 1)
+        # One block alone may also wait until another one is over.
+        at_once = (limits.multiprocessors if grid else _MOST_BLOCKS) // blocks
+        found.add(_with_weights(layout._replace(at_once=at_once), scan, limits))
     return sorted(found)
+
+
+def _with_weights(layout: Plan, scan: Scan, limits: Limits) -> Plan:
+    """Return the layout with a place for those weights that do not fit in the registers."""
+    most = _most_registers(layout, limits)
+    if layout.registers(scan.gates) <= most:
+        return layout
+
+    def outside(one: Plan) -> int:
+        """Return how many windows of a chunk cannot be in registers, from the layout with one elsewhere."""
+        excess = one.registers(scan.gates) - most
+        return 1 + max(0, -(-excess // (8 * one.tiles_m * one.chunks)))
+
+    shared = layout._replace(in_shared=outside(layout._replace(in_shared=1)))
+    if shared.shared <= limits.shared_per_block:
+        return shared
+    windows = outside(layout._replace(streamed=1))
+    slots = max(2, -(-_IN_FLIGHT // layout.window_bytes))
+    room = limits.shared_per_block - layout._replace(ring=slots).shared
+    in_shared = max(0, min(windows - 1, room // (layout.window_bytes * layout.chunks)))
+    streamed = windows - in_shared
+    return layout._replace(in_shared=in_shared, streamed=streamed, ring=min(slots, streamed * layout.chunks))
 
 
 def _most_registers(layout: Plan, limits: Limits) -> int:
@@ -218,12 +279,11 @@ def _most_registers(layout: Plan, limits: Limits) -> int:
 
 
 def _fits(layout: Plan, scan: Scan, limits: Limits) -> bool:
-    together = layout.blocks(scan.H) * layout.groups(scan.B) if layout.grid else 0
     return (
-        layout.registers(scan.gates) <= _most_registers(layout, limits)
+        layout.at_once > 0
+        and layout.in_shared + layout.streamed < layout.windows
+        and layout.registers(scan.gates) <= _most_registers(layout, limits)
         and layout.shared <= limits.shared_per_block
-        and together <= limits.multiprocessors
-        and layout.groups(scan.B) <= _MOST_BLOCKS
     )
 
 
@@ -235,6 +295,7 @@ _EXCHANGE = 1.6e-6  # from the stores of one block to the loads of another: rele
 _LATENCY = 0.7e-6  # of a load from the L2 cache
 _L2 = 5.5e12  # bytes a second, all multiprocessors together
 _L2_ONE = 64.0  # bytes a clock to one of them
+_L2_HOLDS = 3e7  # bytes
 _SHARED = 128.0  # bytes a clock of shared memory
 _MEMORY = 4.0e12  # bytes a second
 _BARRIER = 30.0  # clocks of __syncthreads
@@ -243,29 +304,56 @@ _RATE = {"half": 1200.0, "tf32": 600.0, "fma": 100.0}
 _CELL = 250.0  # clocks of a thread for the arithmetic of one hidden unit of one sequence: some tanh in a row
 
 
+# What is not one launch has two a step, by the host, which is slower at that than a device at most steps.
+_STEP_ALONE = 14e-6
+_WORTH = 0.9  # of that time a launch of all steps may take: both are estimates
+_RATE_ALONE = 3e14  # multiplications a second of half precision, of others half as many
+
+
+def step_alone(scan: Scan) -> float:
+    """Return an estimate of the seconds of a step that is not in one launch with the others, however large.
+
+    Low rather than high: a product whose weights come from memory, or that is bound by arithmetic.
+    """
+    weights = scan.gates * scan.H * scan.H
+    rate = _RATE_ALONE / (1 if scan.product == "half" else 2 if scan.product == "tf32" else 10)
+    seconds = max(_STEP_ALONE, weights * scan.operand_bytes / _MEMORY, weights * scan.B / rate)
+    return scan.directions * seconds
+
+
 def step_times(layout: Plan, scan: Scan, limits: Limits) -> dict[str, float]:
     """Return an estimate of the seconds that each part of a time step takes, one after the other.
 
     "exchange" is the wait of blocks for each other and for the first of what they exchanged; "operand" the
-    transport of the rest to shared memory; "product" reads it from there and multiplies; "sums" adds up what
-    the warps have; "cells" is the arithmetic of the gates; "memory" what gates and states need of the
-    device's memory beyond the time of all others.
+    transport of the rest to shared memory; "product" reads it from there, and streamed weights from wherever
+    they are, and multiplies; "sums" adds up what the warps have; "cells" is the arithmetic of the gates;
+    "memory" what gates and states need of the device's memory beyond the time of all others. That is of both
+    directions where there are two, and of as many steps as there are launches.
     """
-    blocks, groups, N = layout.blocks(scan.H), layout.groups(scan.B), layout.sequences
+    blocks, N = layout.blocks(scan.H) * layout.directions, layout.sequences
+    groups = min(layout.groups(scan.B), layout.at_once)
     at_once = min(blocks * groups, max(1, limits.multiprocessors))
     operand = N * scan.operands * scan.operand_bytes
-    reads = (layout.warps_m * operand + layout.weights_in_shared) / _SHARED
+    reads = (layout.warps_m * operand + layout.weights_in_shared + layout.weights_streamed) / _SHARED
+    # All groups read the same weights, most of them after another one did.
+    cached = min(1.0, _L2_HOLDS / max(1, layout.weights_streamed * blocks))
+    stream = max(
+        layout.weights_streamed / _L2_ONE,
+        at_once * layout.weights_streamed / _L2 * _CLOCK,
+        (1.0 - cached) * blocks * layout.weights_streamed / _MEMORY * _CLOCK,
+    )
     multiply = layout.rows * N * scan.operands / _RATE[layout.product]
     sums = 2 * 4 * layout.warps_k * N * layout.rows / _SHARED
     items = -(-layout.units * N // layout.threads)
     times = {
         "exchange": _EXCHANGE + _LATENCY * layout.chunks**0.5 if layout.grid else 0.0,
         "operand": max(operand / (_L2_ONE * _CLOCK), at_once * operand / _L2) if layout.grid else 0.0,
-        "product": max(reads, multiply) / _CLOCK,
+        "product": max(reads, multiply, stream) / _CLOCK,
         "sums": (sums + 4 * _BARRIER) / _CLOCK,
         "cells": items * _CELL / _CLOCK,
     }
-    times = {part: seconds * -(-blocks * groups // at_once) for part, seconds in times.items()}
+    rounds = -(-blocks * groups // at_once) * layout.launches(scan.B)
+    times = {part: seconds * rounds for part, seconds in times.items()}
     # Gates there and back, c or its like, and the output or its gradient.
-    moved = scan.B * scan.H * (4 * (2 * scan.gates + 2) + 4) / _MEMORY
+    moved = scan.directions * scan.B * scan.H * (4 * (2 * scan.gates + 2) + 4) / _MEMORY
     return times | {"memory": max(0.0, moved - sum(times.values()))}

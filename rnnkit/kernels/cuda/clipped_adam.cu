@@ -20,7 +20,7 @@ extern "C" __global__ void clipped_adam(
     const REAL share = sum_of_squares(d_flat, first, step, N, room);
     if (threadIdx.x == 0) sums[blockIdx.y] = share;
     tell_done(flags, blockIdx.y, 1);
-    if (!all_are_done(flags, 0, gridDim.y, 1, reinterpret_cast<unsigned*>(error))) return;
+    if (!all_are_done(flags, 0, 1, gridDim.y, 1, reinterpret_cast<unsigned*>(error))) return;
 
     const REAL length = norm_of(sums, gridDim.y, room), scale = scale_of(length, max_norm);
     if (blockIdx.y == 0 && threadIdx.x == 0) *norm = length;

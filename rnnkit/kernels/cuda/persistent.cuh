@@ -2,9 +2,9 @@
 // sync.cuh, which says how blocks wait, and tensor.cuh first. Here are the plan and who does what;
 // persistent_product.cuh multiplies, persistent_run.cuh has the loop. Nothing of this has run on a device.
 //
-// A group of SEQUENCES sequences is served by the blocks of a row of the grid, which wait for each other at
-// every step, or by one block alone; groups know nothing of each other. A block owns UNITS hidden units. At
-// each step
+// A group of SEQUENCES sequences is served by some blocks of the grid, which wait for each other at every
+// step, or by one block alone; groups know nothing of each other. A block owns UNITS hidden units. At each
+// step
 //   1. its threads fetch what does not depend on the others: the gates of this step;
 //   2. it waits until all blocks of the group have told that their last step is done, and copies what they
 //      exchanged (forward h, backward the gradients of the gates: `operand`) to shared memory;
@@ -13,11 +13,12 @@
 //      arithmetic, in float32; the item's state (h, c, gradients) stays in its registers;
 //   5. the block tells that its step is done, and only then stores what nobody waits for.
 // Why so: the weights are read once, for the registers of a multiprocessor (256 KB, which 8 warps can use up)
-// hold a block's share, and where they do not, shared memory takes the rest; a step then moves only what
-// blocks exchange. What is multiplied is W (ROWS, K) times operand^T (K, SEQUENCES): the gates take the
-// longer side of the tensor cores' tiles, so that a group may have as few as 8 sequences, and many groups few
-// blocks each to wait for. What must come from memory is asked for before the wait, and what goes there for
-// the way back leaves after it.
+// hold a block's share; where they do not, shared memory takes more of it, and what is left is read again at
+// each step, ahead of its use. A step then moves little but what blocks exchange. What is multiplied is W
+// (ROWS, K) times operand^T (K, SEQUENCES): the gates take the longer side of the tensor cores' tiles, so
+// that a group may have as few as 8 sequences, and many groups few blocks each to wait for. What must come
+// from memory is asked for before the wait, and what goes there for the way back leaves after it. Groups that
+// cannot all be there at the same time go by several launches, however many the steps.
 //
 // A cell (persistent_lstm_forward.cu and others) is a struct with the state of its items and these members,
 // most of them from persistent_there.cuh or persistent_back.cuh:
@@ -27,6 +28,7 @@
 //   advance(e, item, step, totals)        the arithmetic; also where the step is not live
 //   pad(item, t)                          what is stored for a step that a sequence does not have
 //   K(), weight_row(row)                  how many numbers are multiplied; where a row of the block's W is
+//   weights                               where all of it begins
 //   initial(sequence), operand(sequence, step)   the row to be multiplied: before all steps, at a step
 //
 // A variant is given by these macros, which _plan.py chooses, beside those of common.cuh:
@@ -37,8 +39,10 @@
 //   WARPS_K, WINDOWS, CHUNKS  warps along K; each has WINDOWS times 64 bytes of a row in each of CHUNKS
 //             chunks, which are copied one after the other, so that shared memory need not hold all of it
 //   IN_SHARED  of the WINDOWS, for how many the weights are kept in shared memory for want of registers
+//   STREAMED, RING  for how many they are kept nowhere, and how many of those are on their way at a time
 //   GRID      1: there may be several blocks to a group, all of which must be resident; 0: one block, which
 //             keeps the operand in shared memory
+//   DIRECTIONS  2: both of a layer at once, in turn block by block; time runs the other way in the second
 //   ALIGNED   1: rows of the operand begin on multiples of 16 bytes
 
 constexpr int THREADS = 32 * WARPS_M * WARPS_K;
@@ -68,11 +72,13 @@ constexpr int PIECES = 4 * WARPS_K * WINDOWS;  // of a row, in a chunk
 constexpr int PITCH = 64 * (WARPS_K * WINDOWS | 1);
 constexpr int BUFFER = SEQUENCES * PITCH;
 constexpr int BUFFERS = CHUNKS > 1 ? 2 : 1;
-constexpr int SHARED_WEIGHTS = CHUNKS * IN_SHARED * TILES_M * 2 * THREADS;  // by 16 bytes
+constexpr int SLOT = TILES_M * 2 * THREADS;                // a window of weights, by 16 bytes
+constexpr int SHARED_WEIGHTS = CHUNKS * IN_SHARED * SLOT;  // by 16 bytes
 // Likewise: the lanes of a warp store sums of 8 rows and 4 pairs of sequences to 32 different banks.
 constexpr int SUMS_PITCH = ROWS + 4;
 
-static_assert(IN_SHARED < WINDOWS, "some of the weights are in registers");
+static_assert(IN_SHARED + STREAMED < WINDOWS, "some of the weights are in registers");
+static_assert(RING <= CHUNKS * STREAMED && (RING > 0) == (STREAMED > 0), "no window comes twice in a step");
 static_assert(GRID || CHUNKS == 1, "a block alone keeps the whole operand");
 
 // Every block sorts the lengths for itself, by comparing each with all: a few microseconds for so many.
@@ -86,16 +92,31 @@ struct Scan {
     unsigned* flags;           // whether a block gave up; then for each block, how many steps it has done
     unsigned* error;           // in the host's memory
     int pitch;                 // of the rows of weights: a multiple of 16 bytes, filled up with zeros
+    int first_group;           // of this launch, where one launch cannot hold them all
     int T, B, H;               // a step (B, G*H) has fewer than 2^31 elements, all of them may have more
     bool reverse;
 
     __device__ int blocks() const { return (H + UNITS - 1) / UNITS; }  // of a group
-    __device__ int block() const { return blockIdx.y; }
-    __device__ int group() const { return GRID ? block() / blocks() : block(); }
+    __device__ int block() const { return blockIdx.y / DIRECTIONS; }   // of this launch and direction
+    __device__ int group() const { return first_group + (GRID ? block() / blocks() : block()); }
     __device__ int first_unit() const { return GRID ? block() % blocks() * UNITS : 0; }
     // Where step t begins in an array (T, B, columns).
     __device__ long long step(int t, int columns) const { return (long long)t * B * columns; }
 };
+
+// The parameters that all kernels have after their own, and what becomes of them. Arrays that the directions
+// of a layer do not share are given for each of them: BOTH declares them, and OF is this block's. Those of a
+// second direction are null where there is none.
+#define BOTH(type, name) type name, type name##_2
+#define OF(name) (DIRECTIONS == 2 && blockIdx.y % 2 ? name##_2 : name)
+#define SCAN_PARAMETERS                                                                                \
+    const long long *lengths, unsigned *flags, long long error, long long T, long long B, long long H, \
+        long long reverse, long long pitch, long long first_group
+#define SCAN                                                                                               \
+    {                                                                                                      \
+        lengths, flags, reinterpret_cast<unsigned*>(error), int(pitch), int(first_group), int(T), int(B),  \
+            int(H), (reverse != 0) != (DIRECTIONS == 2 && blockIdx.y % 2)                                  \
+    }
 
 struct Sequence {
     int b, length;  // b is -1 where the group has fewer sequences
@@ -167,12 +188,13 @@ __device__ __forceinline__ void choose_sequences(const Scan& scan, Sequence* seq
 
 // Waits until all blocks of the group have done `count` steps; false, for all threads, where one does not come.
 __device__ __forceinline__ bool all_have_done(const Scan& scan, unsigned count) {
-    return all_are_done(scan.flags, scan.group() * scan.blocks(), scan.blocks(), count, scan.error);
+    const int first = scan.block() / scan.blocks() * scan.blocks() * DIRECTIONS + blockIdx.y % DIRECTIONS;
+    return all_are_done(scan.flags, first, DIRECTIONS, scan.blocks(), count, scan.error);
 }
 
 // Tells the group that this block has done `count` steps.
 __device__ __forceinline__ void tell_done(const Scan& scan, unsigned count) {
-    tell_done(scan.flags, scan.block(), count);
+    tell_done(scan.flags, blockIdx.y, count);
 }
 
 // An item's gates at step t of gates (T, B, GATES*H).

@@ -51,12 +51,11 @@ struct Cell : Back<3> {
 // exchange (2, B, 3H) is for what the blocks of a group tell each other; null for GRID = 0. flags as on the
 // way there.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) gru_backward_persistent(
-    const Operand* weights, Operand* exchange, REAL* gates, REAL* recurrent_n, const STORE* output,
-    const STORE* h_0, const STORE* d_output, const STORE* d_h_n, STORE* d_h_0, const long long* lengths,
-    unsigned* flags, long long error, long long T, long long B, long long H, long long reverse,
-    long long pitch) {
-    const Scan scan = {lengths, flags, reinterpret_cast<unsigned*>(error), int(pitch), int(T), int(B), int(H),
-                       reverse != 0};
-    Cell cell = {{scan, weights, d_output, d_h_n, d_h_0, exchange}, gates, recurrent_n, output, h_0};
+    BOTH(const Operand*, weights), BOTH(Operand*, exchange), BOTH(REAL*, gates), BOTH(REAL*, recurrent_n),
+    BOTH(const STORE*, output), BOTH(const STORE*, h_0), BOTH(const STORE*, d_output),
+    BOTH(const STORE*, d_h_n), BOTH(STORE*, d_h_0), SCAN_PARAMETERS) {
+    const Scan scan = SCAN;
+    Cell cell = {{scan, OF(weights), OF(d_output), OF(d_h_n), OF(d_h_0), OF(exchange)},
+                 OF(gates), OF(recurrent_n), OF(output), OF(h_0)};
     run(cell, scan);
 }

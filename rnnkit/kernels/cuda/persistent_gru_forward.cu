@@ -39,11 +39,9 @@ struct Cell : There<3> {
 // recurrent_n is null where there is none. flags is zero at first; it has one number more than there are
 // blocks.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) gru_forward_persistent(
-    const STORE* weights, REAL* gates, const STORE* bias_hn, const STORE* h_0, STORE* output, STORE* h_n,
-    REAL* recurrent_n, const long long* lengths, unsigned* flags, long long error, long long T, long long B,
-    long long H, long long reverse, long long pitch) {
-    const Scan scan = {lengths, flags, reinterpret_cast<unsigned*>(error), int(pitch), int(T), int(B), int(H),
-                       reverse != 0};
-    Cell cell = {{scan, weights, h_0, output, h_n}, gates, recurrent_n, bias_hn};
+    BOTH(const STORE*, weights), BOTH(REAL*, gates), BOTH(const STORE*, bias_hn), BOTH(const STORE*, h_0),
+    BOTH(STORE*, output), BOTH(STORE*, h_n), BOTH(REAL*, recurrent_n), SCAN_PARAMETERS) {
+    const Scan scan = SCAN;
+    Cell cell = {{scan, OF(weights), OF(h_0), OF(output), OF(h_n)}, OF(gates), OF(recurrent_n), OF(bias_hn)};
     run(cell, scan);
 }

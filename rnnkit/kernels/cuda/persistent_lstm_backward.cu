@@ -56,12 +56,11 @@ struct Cell : Back<4> {
 // Turns the activated gates (T, B, 4H) into their gradients and fills d_h_0 and d_c_0 (B, H). exchange (2, B,
 // 4H) is for what the blocks of a group tell each other; null for GRID = 0. flags as on the way there.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) lstm_backward_persistent(
-    const Operand* weights, Operand* exchange, REAL* gates, const REAL* c_prev, const STORE* d_output,
-    const STORE* d_h_n, const REAL* d_c_n, STORE* d_h_0, REAL* d_c_0, const long long* lengths,
-    unsigned* flags, long long error, long long T, long long B, long long H, long long reverse,
-    long long pitch) {
-    const Scan scan = {lengths, flags, reinterpret_cast<unsigned*>(error), int(pitch), int(T), int(B), int(H),
-                       reverse != 0};
-    Cell cell = {{scan, weights, d_output, d_h_n, d_h_0, exchange}, gates, c_prev, d_c_n, d_c_0};
+    BOTH(const Operand*, weights), BOTH(Operand*, exchange), BOTH(REAL*, gates), BOTH(const REAL*, c_prev),
+    BOTH(const STORE*, d_output), BOTH(const STORE*, d_h_n), BOTH(const REAL*, d_c_n), BOTH(STORE*, d_h_0),
+    BOTH(REAL*, d_c_0), SCAN_PARAMETERS) {
+    const Scan scan = SCAN;
+    Cell cell = {{scan, OF(weights), OF(d_output), OF(d_h_n), OF(d_h_0), OF(exchange)},
+                 OF(gates), OF(c_prev), OF(d_c_n), OF(d_c_0)};
     run(cell, scan);
 }

@@ -45,11 +45,9 @@ struct Cell : There<4> {
 // activated gates take the place of gates, and c_prev (T, B, H) gets the c before each step; c_prev is null
 // where there is none. flags is zero at first; it has one number more than there are blocks.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) lstm_forward_persistent(
-    const STORE* weights, REAL* gates, const STORE* h_0, const REAL* c_0, STORE* output, STORE* h_n,
-    REAL* c_n, REAL* c_prev, const long long* lengths, unsigned* flags, long long error, long long T,
-    long long B, long long H, long long reverse, long long pitch) {
-    const Scan scan = {lengths, flags, reinterpret_cast<unsigned*>(error), int(pitch), int(T), int(B), int(H),
-                       reverse != 0};
-    Cell cell = {{scan, weights, h_0, output, h_n}, gates, c_prev, c_0, c_n};
+    BOTH(const STORE*, weights), BOTH(REAL*, gates), BOTH(const STORE*, h_0), BOTH(const REAL*, c_0),
+    BOTH(STORE*, output), BOTH(STORE*, h_n), BOTH(REAL*, c_n), BOTH(REAL*, c_prev), SCAN_PARAMETERS) {
+    const Scan scan = SCAN;
+    Cell cell = {{scan, OF(weights), OF(h_0), OF(output), OF(h_n)}, OF(gates), OF(c_prev), OF(c_0), OF(c_n)};
     run(cell, scan);
 }

@@ -54,27 +54,41 @@ __device__ __forceinline__ unsigned weight_bits(unsigned bits) {
 // A thread's part of W: for a window, of each tile the pieces of two rows, as fragments of two mma.
 using Fragments = unsigned[TILES_M][2][4];
 
+__device__ __forceinline__ void put_piece(const Four& piece, int m, int half, Fragments& fragments) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fragments[m][i / 2][i % 2 * 2 + half] = weight_bits(piece.x[i]);
+}
+
+// Where a piece of W lies; null where there is none.
+template <class Cell>
+__device__ __forceinline__ const Operand* find_piece(const Cell& cell, int chunk, int w, int m, int half) {
+    const int window = (chunk * WARPS_K + warp_k()) * WINDOWS + w, k = window * WINDOW + lane() % 4 * PIECE;
+    const Operand* const row = cell.weight_row((warp_m() * TILES_M + m) * 16 + half * 8 + lane() / 4);
+    return row != nullptr && k < cell.K() ? row + k : nullptr;
+}
+
 template <class Cell>
 __device__ __forceinline__ void load_fragments(const Cell& cell, int chunk, int w, Fragments& fragments) {
-    const int window = (chunk * WARPS_K + warp_k()) * WINDOWS + w, k = window * WINDOW + lane() % 4 * PIECE;
 #pragma unroll
     for (int m = 0; m < TILES_M; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const Operand* const row = cell.weight_row((warp_m() * TILES_M + m) * 16 + half * 8 + lane() / 4);
-            Four piece = {};
-            if (row != nullptr && k < cell.K()) piece = piece_at(row + k);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) fragments[m][i / 2][i % 2 * 2 + half] = weight_bits(piece.x[i]);
+            const Operand* const at = find_piece(cell, chunk, w, m, half);
+            put_piece(at == nullptr ? Four() : piece_at(at), m, half, fragments);
         }
 }
 
-// What does not fit in the registers lies in shared memory, where nobody else reads it: 16 bytes of a thread
-// beside those of the next one.
-constexpr int IN_REGISTERS = WINDOWS - IN_SHARED;
+// Of each chunk the first windows are in registers. What does not fit there lies in shared memory, where
+// nobody else reads it: 16 bytes of a thread beside those of the next one. What does not fit there either
+// comes anew at each step, most of it from the second-level cache, through a ring of RING slots. Which
+// windows are next is always known, at the end of a step those that the next one begins with, so that some
+// arrive while blocks wait for each other. A thread copies and reads its own pieces alone: there is nothing
+// to wait for but the copies.
+constexpr int IN_REGISTERS = WINDOWS - IN_SHARED - STREAMED;
 struct Weights {
     Fragments in_registers[CHUNKS][IN_REGISTERS];
-    Four* shared;
+    Four *shared, *ring;
+    int slot;
 
     template <class Cell>
     __device__ __forceinline__ void load(const Cell& cell) {
@@ -104,8 +118,45 @@ struct Weights {
         }
     }
     __device__ __forceinline__ Four* place(int chunk, int w, int mma) const {
-        return shared + ((chunk * IN_SHARED + w) * 2 * TILES_M + mma) * THREADS + threadIdx.x;
+        return shared + (chunk * IN_SHARED + w) * SLOT + mma * THREADS + threadIdx.x;
     }
+
+#if STREAMED
+    // Asks for the next windows, as many as there are slots, before the first step.
+    template <class Cell>
+    __device__ __forceinline__ void start(const Cell& cell) {
+#pragma unroll 1
+        for (slot = 0; slot < RING; ++slot) ask(cell, slot);
+        slot = 0;
+    }
+    // Those of the streamed window `index` of a step, counted over all chunks, go to the current slot.
+    template <class Cell>
+    __device__ __forceinline__ void ask(const Cell& cell, int index) const {
+        const int chunk = index / STREAMED, w = IN_REGISTERS + IN_SHARED + index % STREAMED;
+#pragma unroll
+        for (int mma = 0; mma < 2 * TILES_M; ++mma) {
+            const Operand* const at = find_piece(cell, chunk, w, mma / 2, mma % 2);
+            copy_async(in_slot(mma), at == nullptr ? cell.weights : at, at != nullptr);
+        }
+        copy_commit();
+    }
+    // Waits for what was asked for first. Later groups may be on their way, and so may an operand's.
+    __device__ __forceinline__ void get_streamed(Fragments& fragments) const {
+        copy_wait<RING - 1>();
+#pragma unroll
+        for (int mma = 0; mma < 2 * TILES_M; ++mma) put_piece(*in_slot(mma), mma / 2, mma % 2, fragments);
+    }
+    // The slot was read, and takes what comes RING windows later.
+    template <class Cell>
+    __device__ __forceinline__ void go_on(const Cell& cell, int index) {
+        index += RING;
+        ask(cell, index < CHUNKS * STREAMED ? index : index - CHUNKS * STREAMED);
+        slot = slot + 1 < RING ? slot + 1 : 0;
+    }
+    __device__ __forceinline__ Four* in_slot(int mma) const {
+        return ring + slot * SLOT + mma * THREADS + threadIdx.x;
+    }
+#endif
 };
 
 #if PRODUCT == 0
@@ -193,8 +244,9 @@ struct Sums {
 
 #endif
 
+template <class Cell>
 __device__ __forceinline__ void add_product(
-    const Weights& weights, int chunk, const unsigned char* operand, Sums& sums) {
+    const Cell& cell, Weights& weights, int chunk, const unsigned char* operand, Sums& sums) {
     const unsigned char* const first = sums.first(operand);
 #pragma unroll
     for (int w = 0; w < IN_REGISTERS; ++w) sums.add(weights.in_registers[chunk][w], first + w * 64);
@@ -204,6 +256,15 @@ __device__ __forceinline__ void add_product(
         weights.get(chunk, w, fragments);
         sums.add(fragments, first + (IN_REGISTERS + w) * 64);
     }
+#if STREAMED
+#pragma unroll 1
+    for (int w = 0; w < STREAMED; ++w) {
+        Fragments fragments;
+        weights.get_streamed(fragments);
+        sums.add(fragments, first + (IN_REGISTERS + IN_SHARED + w) * 64);
+        weights.go_on(cell, chunk * STREAMED + w);
+    }
+#endif
 }
 
 // Each warp leaves its sums in shared memory, (WARPS_K, SEQUENCES, SUMS_PITCH).

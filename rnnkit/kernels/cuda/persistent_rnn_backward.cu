@@ -39,11 +39,11 @@ struct Cell : Back<1> {
 // Fills d_gates (T, B, H) and d_h_0 (B, H). exchange (2, B, H) is for what the blocks of a group tell each
 // other; null for GRID = 0. flags as on the way there.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) rnn_backward_persistent(
-    const Operand* weights, Operand* exchange, const STORE* output, REAL* d_gates, const STORE* d_output,
-    const STORE* d_h_n, STORE* d_h_0, long long relu, const long long* lengths, unsigned* flags,
-    long long error, long long T, long long B, long long H, long long reverse, long long pitch) {
-    const Scan scan = {lengths, flags, reinterpret_cast<unsigned*>(error), int(pitch), int(T), int(B), int(H),
-                       reverse != 0};
-    Cell cell = {{scan, weights, d_output, d_h_n, d_h_0, exchange}, output, d_gates, relu != 0};
+    BOTH(const Operand*, weights), BOTH(Operand*, exchange), BOTH(const STORE*, output), BOTH(REAL*, d_gates),
+    BOTH(const STORE*, d_output), BOTH(const STORE*, d_h_n), BOTH(STORE*, d_h_0), long long relu,
+    SCAN_PARAMETERS) {
+    const Scan scan = SCAN;
+    Cell cell = {{scan, OF(weights), OF(d_output), OF(d_h_n), OF(d_h_0), OF(exchange)},
+                 OF(output), OF(d_gates), relu != 0};
     run(cell, scan);
 }

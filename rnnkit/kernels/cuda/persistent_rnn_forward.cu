@@ -28,11 +28,9 @@ struct Cell : There<1> {
 // gates (T, B, H) holds the input's share. Fills output (T, B, H) and h_n (B, H). flags is zero at first; it
 // has one number more than there are blocks.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) rnn_forward_persistent(
-    const STORE* weights, const REAL* gates, const STORE* h_0, STORE* output, STORE* h_n, long long relu,
-    const long long* lengths, unsigned* flags, long long error, long long T, long long B, long long H,
-    long long reverse, long long pitch) {
-    const Scan scan = {lengths, flags, reinterpret_cast<unsigned*>(error), int(pitch), int(T), int(B), int(H),
-                       reverse != 0};
-    Cell cell = {{scan, weights, h_0, output, h_n}, gates, relu != 0};
+    BOTH(const STORE*, weights), BOTH(const REAL*, gates), BOTH(const STORE*, h_0), BOTH(STORE*, output),
+    BOTH(STORE*, h_n), long long relu, SCAN_PARAMETERS) {
+    const Scan scan = SCAN;
+    Cell cell = {{scan, OF(weights), OF(h_0), OF(output), OF(h_n)}, OF(gates), relu != 0};
     run(cell, scan);
 }

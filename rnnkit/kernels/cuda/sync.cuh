@@ -71,14 +71,15 @@ constexpr unsigned PATIENCE = MOST_SPINS / 64;
 // `flags` has a number that says whether a block gave up, and then one for each block: how often it has told
 // that it is done. All are zero at first.
 
-// Waits until each of `blocks` blocks from `first` on is done `count` times. False, for all threads, where one
-// does not come in time or another block gave up waiting: then the host will learn it from the error flag.
+// Waits until `blocks` blocks, `first` and each `step`-th after it, are done `count` times. False, for all
+// threads, where one does not come in time or another block gave up waiting: then the host will learn it from
+// the error flag.
 __device__ __forceinline__ bool all_are_done(
-    unsigned* flags, int first, int blocks, unsigned count, unsigned* error) {
+    unsigned* flags, int first, int step, int blocks, unsigned count, unsigned* error) {
     const unsigned* const theirs = flags + 1 + first;
     bool failed = false;
     for (int k = threadIdx.x; k < blocks && !failed; k += blockDim.x) {
-        for (unsigned spins = 1; load_acquire(theirs + k) < count && !failed; ++spins) {
+        for (unsigned spins = 1; load_acquire(theirs + k * step) < count && !failed; ++spins) {
             if (spins == MOST_SPINS) {
                 store_system(error, 1);
                 store_release(flags, 1);
