@@ -6,7 +6,7 @@ from typing import Any
 
 from ._array import accumulation_dtype, backend_of, dtype_name, namespace_of
 from ._typing import Array
-from .kernels import Case, kernels_for
+from .kernels import Case, Kernels, kernels_for
 from .parameters import ParameterDict
 from .validation import check_number
 
@@ -35,13 +35,29 @@ class Optimizer:
         """The constructor's arguments."""
         return {"lr": self.lr, **self._settings}
 
-    def step(self, params: ParameterDict, grads: ParameterDict) -> None:
+    def step(
+        self, params: ParameterDict, grads: ParameterDict, *, clip_norm: float | None = None
+    ) -> Array | None:
         """Change `params` in place by one step against `grads`.
+
+        Parameters
+        ----------
+        params, grads : ParameterDict
+            Of a layer, and from its pullback.
+        clip_norm : float, optional
+            Positive: the step is the one after ``clip_grad_norm(grads, clip_norm)``, and `grads` are used up:
+            what they hold afterwards, scaled or not, is not defined. Without it they stay as they are.
+
+        Returns
+        -------
+        array () or None
+            With `clip_norm` the norm of the gradients as they were; it stays on the device, and nothing waits
+            for it. Else None.
 
         Raises
         ------
         ValueError
-            They are not the parameters and gradients of the same layer.
+            They are not the parameters and gradients of the same layer, or `clip_norm` is not positive.
         """
         for argument, value in (("params", params), ("grads", grads)):
             if not isinstance(value, ParameterDict):
@@ -56,12 +72,22 @@ class Optimizer:
             )
         if self.state and next(iter(self.state.values())).shape != params.flat.shape:
             raise ValueError("this optimiser's state belongs to other parameters: make a new optimiser")
+        if clip_norm is not None:
+            _check_max_norm("clip_norm", clip_norm)
         self.steps += 1
         with backend_of(params.flat).active():
+            if clip_norm is not None:
+                return self._clipped_step(params.flat, grads.flat, clip_norm)
             self._step(params.flat, grads.flat)
+        return None
 
     def _step(self, flat: Array, d_flat: Array) -> None:
         raise TypeError("Optimizer is the base of SGD and Adam: use one of those")
+
+    def _clipped_step(self, flat: Array, d_flat: Array, max_norm: float) -> Array:
+        norm = _clip(d_flat, max_norm)
+        self._step(flat, d_flat)
+        return norm
 
     def _slot(self, name: str, flat: Array) -> Array:
         """Return the state vector of that name, zeros at first; of the dtype that sums are kept in."""
@@ -146,12 +172,20 @@ class Adam(Optimizer):
         return {"lr": self.lr, "betas": list(self.betas), **self._settings}
 
     def _step(self, flat: Array, d_flat: Array) -> None:
-        backend = backend_of(flat)
-        case = Case("adam", dtype_name(flat.dtype), 0, device=backend.name)
-        kernels_for(backend.library, case)["adam"](
-            flat, d_flat, self._slot("mean", flat), self._slot("square", flat),
-            betas=self.betas, steps=self.steps, lr=self.lr, **self._settings,
-        )  # fmt: skip
+        _kernels("adam", flat)["adam"](*self._vectors(flat, d_flat), **self._numbers())
+
+    def _clipped_step(self, flat: Array, d_flat: Array, max_norm: float) -> Array:
+        kernel = _kernels("adam", flat).functions.get("clipped_adam")
+        if kernel is None:
+            return super()._clipped_step(flat, d_flat, max_norm)
+        norm: Array = kernel(*self._vectors(flat, d_flat), max_norm=max_norm, **self._numbers())
+        return norm
+
+    def _vectors(self, flat: Array, d_flat: Array) -> tuple[Array, ...]:
+        return flat, d_flat, self._slot("mean", flat), self._slot("square", flat)
+
+    def _numbers(self) -> dict[str, Any]:
+        return {"betas": self.betas, "steps": self.steps, "lr": self.lr, **self._settings}
 
 
 def clip_grad_norm(grads: ParameterDict, max_norm: float) -> Array:
@@ -181,17 +215,28 @@ def clip_grad_norm(grads: ParameterDict, max_norm: float) -> Array:
     """
     if not isinstance(grads, ParameterDict):
         raise TypeError(f"grads must be a ParameterDict, from a pullback, got {type(grads).__name__}")
-    if not max_norm > 0.0:
-        raise ValueError(f"max_norm must be positive, got {max_norm}")
-    backend = backend_of(grads.flat)
-    case = Case("clip", dtype_name(grads.flat.dtype), 0, device=backend.name)
-    with backend.active():
-        norm: Array = kernels_for(backend.library, case)["clip"](grads.flat, max_norm)
+    _check_max_norm("max_norm", max_norm)
+    with backend_of(grads.flat).active():
+        return _clip(grads.flat, max_norm)
+
+
+def _clip(flat: Array, max_norm: float) -> Array:
+    norm: Array = _kernels("clip", flat)["clip"](flat, max_norm)
     return norm
+
+
+def _kernels(name: str, flat: Array) -> Kernels:
+    backend = backend_of(flat)
+    return kernels_for(backend.library, Case(name, dtype_name(flat.dtype), 0, device=backend.name))
 
 
 def _accumulation(flat: Array) -> Any:
     return getattr(namespace_of(flat), accumulation_dtype(dtype_name(flat.dtype)))
+
+
+def _check_max_norm(name: str, value: float) -> None:
+    if not value > 0.0:
+        raise ValueError(f"{name} must be positive, got {value}")
 
 
 def _non_negative(name: str, value: float) -> float:

@@ -19,7 +19,7 @@ from .checkpoint import describe, host_params, read, replace, save, write
 from .data import Batch, Sequences, Stream
 from .losses import softmax_cross_entropy
 from .model import LanguageModel
-from .optim import Adam, Optimizer, clip_grad_norm
+from .optim import Adam, Optimizer
 from .plotting import Curve, plot_losses
 from .stack import State
 from .validation import check_number, check_size, resolve_seed
@@ -116,9 +116,7 @@ def train_step(
     (logits, state), pullback = model.vjp(batch.inputs, state, lengths=batch.lengths, seed=seed)
     loss, d_logits = _loss(model, logits, batch)
     grads = pullback(d_logits).params
-    if clip_norm is not None:
-        clip_grad_norm(grads, clip_norm)
-    optimizer.step(model.params, grads)
+    optimizer.step(model.params, grads, clip_norm=clip_norm)
     return loss, state
 
 

@@ -343,6 +343,33 @@ def test_whole_sequences_against_single_steps(gpu, monkeypatch, cell, shape, pre
     assert_close(results, expected, WHOLE_TOLERANCE[precision])
 
 
+@pytest.mark.parametrize("size", [(1, 1), (33, 70), (700, 1501)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_clipping_and_adam_in_one_launch(cupy, gpu, monkeypatch, dtype, size, rng):
+    """Against one after the other, and in every repetition the same bits, with another stream at work."""
+    x, d_output = (rng.standard_normal((5, width)) for width in size)
+    seed, clip_norm = int(rng.integers(1 << 30)), ((size[0] + 1) * size[1]) ** 0.5  # about half of the norm
+
+    def run(kernel):
+        use(monkeypatch, kernel)
+        layer = rnnkit.Linear(*size, backend="cupy", dtype=dtype, seed=seed)
+        optimizer = rnnkit.Adam(1e-3, weight_decay=0.1)
+        for _ in range(3):
+            _, pullback = layer.vjp(layer.asarray(x))
+            grads = pullback(layer.asarray(d_output)).params
+            norm = optimizer.step(layer.params, grads, clip_norm=clip_norm)
+        return [to_numpy(value) for value in (norm, layer.params.flat, *optimizer.state.values())]
+
+    expected, results = run("cuda"), []
+    for _ in range(10):
+        with gpu.busy():
+            results.append(run(sides.WHOLE))
+    assert_close(results[0], expected, {"float64": 1e-12, **WHOLE_TOLERANCE}[dtype])
+    for result in results[1:]:
+        for ours_, theirs in zip(result, results[0], strict=True):
+            np.testing.assert_array_equal(ours_, theirs)
+
+
 def test_two_streams_of_whole_sequences(cupy, monkeypatch, rng):
     """Two launches that both want the whole device, again and again: each gets it in its turn."""
     use(monkeypatch, sides.WHOLE)

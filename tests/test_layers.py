@@ -252,6 +252,44 @@ def test_clipping_leaves_small_gradients_alone(backend):
     np.testing.assert_array_equal(to_numpy(grads.flat), before)
 
 
+STEPS = [pytest.param(case.values[0], case.values[2], id=case.id) for case in OPTIMISERS]
+
+
+@pytest.mark.parametrize(("ours", "options"), STEPS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("clip_norm", [0.05, 1e6])
+def test_a_step_that_clips_is_clipping_and_a_step(backend, ours, options, dtype, clip_norm, rng):
+    """The same bits, but on a GPU, where both may be one kernel that adds up in another order."""
+    layers = [rnnkit.Linear(3, 4, backend=backend, dtype=dtype, seed=0) for _ in range(2)]
+    optimizers, tolerance = [ours(**options) for _ in range(2)], 1e-5 if backend == "cupy" else 0.0
+    for _ in range(3):
+        x, grads = rng.standard_normal((6, 3)), []
+        for layer in layers:
+            y, pullback = layer.vjp(layer.asarray(x))
+            grads.append(pullback(y).params)
+        expected = rnnkit.clip_grad_norm(grads[0], clip_norm)
+        assert optimizers[0].step(layers[0].params, grads[0]) is None
+        norm = optimizers[1].step(layers[1].params, grads[1], clip_norm=clip_norm)
+        assert (norm.shape, norm.dtype) == ((), expected.dtype)
+        np.testing.assert_allclose(float(norm), float(expected), rtol=tolerance)
+        values = [np.array(to_numpy(layer.params.flat)) for layer in layers]
+        np.testing.assert_allclose(values[1], values[0], rtol=tolerance, atol=tolerance)
+    assert optimizers[1].steps == 3
+    for name, state in optimizers[0].state.items():
+        values = [np.array(to_numpy(value)) for value in (optimizers[1].state[name], state)]
+        np.testing.assert_allclose(*values, rtol=tolerance, atol=tolerance)
+
+
+def test_a_step_without_clipping_leaves_the_gradient(backend):
+    layer = rnnkit.Linear(3, 4, backend=backend, seed=0)
+    y, pullback = layer.vjp(layer.asarray(np.ones((1, 3))))
+    grads = pullback(y).params
+    before = np.array(to_numpy(grads.flat))
+    for optimizer in (rnnkit.SGD(momentum=0.9, weight_decay=0.1), rnnkit.Adam(weight_decay=0.1)):
+        assert optimizer.step(layer.params, grads) is None
+        np.testing.assert_array_equal(to_numpy(grads.flat), before)
+
+
 def test_optimisers_refuse_wrong_settings_and_parameters():
     with pytest.raises(ValueError, match="lr must be finite and not negative, got -1"):
         rnnkit.SGD(-1)
@@ -265,6 +303,12 @@ def test_optimisers_refuse_wrong_settings_and_parameters():
     optimizer = rnnkit.SGD(momentum=0.9)
     with pytest.raises(ValueError, match="grads must have the names and shapes of params"):
         optimizer.step(small.params, large.params)
+    before = small.params.flat.copy()
+    for wrong in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"clip_norm must be positive, got {wrong}"):
+            optimizer.step(small.params, small.params, clip_norm=wrong)
+    np.testing.assert_array_equal(small.params.flat, before)
+    assert optimizer.steps == 0
     optimizer.step(small.params, small.params)
     with pytest.raises(ValueError, match="belongs to other parameters"):
         optimizer.step(large.params, large.params)

@@ -256,6 +256,28 @@ def test_a_hundred_steps_are_bit_identical(counting):
     assert runs[0][1].validation_loss == runs[1][1].validation_loss
 
 
+def test_a_training_step_clips(backend, rng):
+    """With SGD, whose step is as long as the gradient, and through `fit` as well."""
+    tokens = rng.integers(0, 5, 40)
+
+    def steps(clip_norm):
+        model = rnnkit.LanguageModel(5, 6, dtype="float64", backend=backend, seed=0)
+        before = np.array(to_numpy(model.params.flat))
+        batch = next(iter(Stream(tokens, 4, 100, model.asarray).batches(4)))
+        rnnkit.train_step(model, rnnkit.SGD(1.0), batch, clip_norm=clip_norm)
+        yield np.linalg.norm(np.array(to_numpy(model.params.flat)) - before)
+        model.params.flat[...] = model.asarray(before)
+        rnnkit.fit(
+            model, tokens, epochs=1, batch_size=4, window=100, optimizer=rnnkit.SGD(1.0), clip_norm=clip_norm,
+            progress=False,
+        )  # fmt: skip
+        yield np.linalg.norm(np.array(to_numpy(model.params.flat)) - before)
+
+    one, by_fit = steps(None)
+    assert by_fit == one > 0.02
+    np.testing.assert_allclose(list(steps(0.01)), 0.01, rtol=1e-3)
+
+
 def test_evaluate_does_not_depend_on_the_batches(backend, counting):
     vocabulary, sequences = counting
     model = rnnkit.LanguageModel(len(vocabulary), 8, dtype="float64", backend=backend, seed=0)

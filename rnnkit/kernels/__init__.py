@@ -19,6 +19,10 @@ case; a faster module defines any subset of the same names, with the same argume
     softmax_cross_entropy(logits, targets, counts, gradient=True) -> loss, d_logits, None if not wanted
     matmul(a, b, out=None) -> a @ b, 2-D, in `out` if given: the large products before and after a scan
 
+A module that has `adam` may add a step that clips, which leaves d_flat scaled or as it was::
+
+    clipped_adam(flat, d_flat, mean, square, *, max_norm, and as adam's) -> norm: clip(d_flat), then adam
+
 A module may add forward scans with the input projection included: for any case, and for few steps and
 sequences, where states are (1, B, H) and biases have no elements if a layer has none::
 
@@ -153,11 +157,18 @@ def _choose(namespace: str, case: Case, only: str) -> Kernels:
             else:
                 refused[name][module_name] = reason
     for name, module_name in list(modules.items()):
-        for kind in ("_layer", "_short"):
-            more = name.replace("_forward", kind)
-            if more != name and hasattr(_load(module_name), more):
+        for more in _optional(name):
+            if hasattr(_load(module_name), more):
                 functions[more] = getattr(_load(module_name), more)
     return Kernels(case, functions, modules, refused)
+
+
+def _optional(name: str) -> tuple[str, ...]:
+    """Return what the module that serves a kernel may have beside it."""
+    if name == "adam":
+        return ("clipped_adam",)
+    cell, forward, _ = name.partition("_forward")
+    return (f"{cell}_layer", f"{cell}_short") if forward else ()
 
 
 def _serves(module_name: str, names: tuple[str, ...], case: Case) -> str | None:

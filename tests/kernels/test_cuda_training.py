@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from host_device import ORDERS as SCHEDULES
 from host_device import fenced, on_host
 from test_cuda import DTYPES, in_fences, wide
 
@@ -122,6 +123,37 @@ def test_cross_entropy_agrees_with_the_reference(cuda, rng, dtype, how):
             np.testing.assert_array_equal(d_logits, d_other)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", ["all", "some", "none"])
+def test_cross_entropy_without_a_gradient(cuda, rng, monkeypatch, dtype, how):
+    """The same bits of the loss, and no memory for a gradient."""
+    problems = [rows_and_targets(rng, M, V, dtype, how) for M, V in ((1, 1), (7, 5), (40, 65), (2, 4100))]
+    if how == "all":
+        problems[1][1][2], problems[2][1][3] = -1, 65
+    shapes, part = [], cuda.parts[f"{cuda.__name__}._training"]
+    xp = part.namespace_of(None)
+
+    def empty(shape, dtype):
+        shapes.append(shape)
+        return xp.empty(shape, dtype)
+
+    watched = SimpleNamespace(empty=empty, ascontiguousarray=np.ascontiguousarray)
+    monkeypatch.setattr(part, "namespace_of", lambda array: watched)
+    for problem, order in itertools.product(problems, ORDERS):
+        cuda.device.order = order
+        moved = [None if array is None else in_fences(array) for array in problem]
+        expected, _ = cuda.softmax_cross_entropy(*moved)
+        assert shapes.count(problem[0].shape) == 1
+        shapes.clear()
+        cuda.device.launches.clear()
+        loss, nothing = cuda.softmax_cross_entropy(*moved, gradient=False)
+        assert nothing is None
+        assert max(map(len, shapes)) < 2
+        assert len(cuda.device.launches) == 2 + (how != "all")
+        np.testing.assert_array_equal(loss, expected)
+        shapes.clear()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_cross_entropy_of_extreme_logits(cuda, dtype):
     """Impossible classes, whole threads of them too, large numbers, and what can only be NaN."""
@@ -209,10 +241,152 @@ def test_clipping_of_what_has_no_norm(cuda, value):
     np.testing.assert_array_equal(ours, expected)
 
 
+# ----------------------------------------------------------------------------- clipping and Adam in one
+
+
+ONE_STEP = {"betas": (0.8, 0.95), "steps": 2, "lr": 0.05, "eps": 1e-3, "weight_decay": 0.1}
+
+
+@pytest.fixture
+def waiting(cuda, monkeypatch):
+    """Return the module where blocks may wait for each other."""
+    monkeypatch.setenv("RNNKIT_PERSISTENT", "1")
+    return cuda
+
+
+def clipped_by_the_reference(arrays, max_norm, **settings):
+    """Change arrays as `clipped_adam` does, with the scaled gradient not rounded; return the norm."""
+    flat, d_flat, mean, square = arrays
+    d_wide = d_flat.astype(wide(str(flat.dtype)))
+    norm = reference.clip(d_wide, max_norm)
+    reference.adam(flat, d_wide, mean, square, **settings)
+    return norm
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("max_norm", [0.25, 1e4])
+def test_clipped_adam_agrees_with_the_reference(waiting, rng, dtype, max_norm):
+    """One launch, with one block and several, in any order the same bits; the gradient stays as it is."""
+    # Around the 512 threads of a block as well, and several rounds of 8 blocks, one for each multiprocessor.
+    for N, move in itertools.product((*SIZES, 2048, 2051, 17000), (in_fences, at_odd_address)):
+        given, results = vectors(rng, N, dtype), []
+        for order in SCHEDULES:
+            waiting.device.order = order
+            waiting.device.launches.clear()
+            ours = [move(array) for array in given]
+            norm = waiting.clipped_adam(*ours, max_norm=max_norm, **ONE_STEP)
+            assert waiting.device.launches == ["clipped_adam"]
+            assert (norm.shape, norm.dtype) == ((), wide(dtype))
+            np.testing.assert_array_equal(ours[1], given[1])
+            results.append((norm, *ours))
+        expected = clipped_by_the_reference(given, max_norm, **ONE_STEP), *given
+        for name, one, other in zip(
+            ("norm", "flat", "d_flat", "mean", "square"), results[0], expected, strict=True
+        ):
+            bound = ROUNDING[dtype if name == "flat" else str(wide(dtype))]
+            assert one.dtype == other.dtype
+            one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+            np.testing.assert_allclose(one, other, rtol=bound, atol=bound, err_msg=f"{name}, N={N}")
+        for other in results[1:]:
+            for one, its in zip(results[0], other, strict=True):
+                np.testing.assert_array_equal(one, its)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
+def test_clipped_adam_of_a_gradient_without_a_norm(waiting, rng, dtype, value):
+    """It reaches what it reaches in the reference: with NaN the other elements are not scaled."""
+    with np.errstate(over="ignore"):
+        given, numbers = vectors(rng, 3000, dtype), np.array([value, 1.5]).astype(DTYPES[dtype])
+    given[1][[7, 2999]] = numbers
+    ours = [in_fences(array) for array in given]
+    norm = waiting.clipped_adam(*ours, max_norm=1.0, **ONE_STEP)
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = clipped_by_the_reference(given, 1.0, **ONE_STEP)
+    assert np.isfinite(norm) == (dtype == "float64" and value == 3e38)
+    for one, other in zip((norm, *ours), (expected, *given), strict=True):
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        np.testing.assert_allclose(one, other, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+
+
+def test_clipped_adam_in_two_launches_and_one_where_blocks_may_not_wait(cuda, rng, monkeypatch):
+    """By default; without cooperative launches, which shows as no multiprocessors; on old devices."""
+    loader = cuda.parts[f"{cuda.__name__}._loader"]
+    limits = loader.limits()
+
+    def launches():
+        ours = [in_fences(array) for array in vectors(rng, 70, "float32")]
+        expected = [array.copy() for array in ours]
+        cuda.device.launches.clear()
+        norm = cuda.clipped_adam(*ours, max_norm=0.25, **ONE_STEP)
+        launched = list(cuda.device.launches)
+        np.testing.assert_allclose(norm, clipped_by_the_reference(expected, 0.25, **ONE_STEP), rtol=1e-6)
+        np.testing.assert_allclose(ours[0], expected[0], rtol=0, atol=1e-6)
+        return launched
+
+    separate = ["clip_sums", "clip_scale", "adam"]
+    monkeypatch.delenv("RNNKIT_PERSISTENT", raising=False)
+    assert launches() == separate
+    monkeypatch.setenv("RNNKIT_PERSISTENT", "0")
+    assert launches() == separate
+    monkeypatch.setenv("RNNKIT_PERSISTENT", "1")
+    assert launches() == ["clipped_adam"]
+    for lacking in ({"multiprocessors": 0}, {"capability": (7, 5)}):
+        monkeypatch.setattr(loader, "limits", lambda lacking=lacking: limits._replace(**lacking))
+        assert launches() == separate
+
+
+def test_clipped_adam_has_no_more_blocks_than_fit(waiting, rng, monkeypatch):
+    """One for each multiprocessor: more of them could wait for one that has no room."""
+    loader = waiting.parts[f"{waiting.__name__}._loader"]
+    limits, kernel, grids = loader.limits(), loader.kernel, []
+
+    def watched(*names, **options):
+        launch = kernel(*names, **options)
+        return lambda grid, *rest: (grids.append(grid), launch(grid, *rest))
+
+    monkeypatch.setattr(loader, "kernel", watched)
+    for multiprocessors, N, blocks in [(8, 1, 1), (8, 2049, 2), (8, 30000, 8), (3, 30000, 3)]:
+        monkeypatch.setattr(
+            loader, "limits", lambda there=multiprocessors: limits._replace(multiprocessors=there)
+        )
+        ours = [in_fences(array) for array in vectors(rng, N, "float32")]
+        waiting.clipped_adam(*ours, max_norm=1.0, **ONE_STEP)
+        assert grids.pop() == (1, blocks)
+
+
+def test_a_block_that_does_not_come_to_clipped_adam_is_an_error_and_not_a_hang(waiting, rng, monkeypatch):
+    """The second one returns at once: the others give up, and the next call says so."""
+    loader = waiting.parts[f"{waiting.__name__}._loader"]
+    kernel, source, begin = loader.kernel, loader.source, "    SHARED(REAL, room);\n    const long long first"
+
+    def without_a_block(path):
+        text = source(path)
+        assert text.count(begin) == 1
+        return text.replace(begin, f"    if (blockIdx.y == 1) return;\n{begin}")
+
+    def incomplete(*names, **options):
+        return kernel(*names, macros=(("MOST_SPINS", 640),), **options)
+
+    ours = [in_fences(array) for array in vectors(rng, 9000, "float32")]
+    before = [array.copy() for array in ours]
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "kernel", incomplete)
+        patch.setattr(loader, "source", without_a_block)
+        waiting.clipped_adam(*ours, max_norm=1.0, **ONE_STEP)
+        for one, other in zip(ours, before, strict=True):
+            np.testing.assert_array_equal(one, other)
+        with pytest.raises(RuntimeError, match="RNNKIT_PERSISTENT=0"):
+            waiting.clipped_adam(*ours, max_norm=1.0, **ONE_STEP)
+    waiting.clipped_adam(*ours, max_norm=1.0, **ONE_STEP)
+    loader.error_flag().check()
+
+
 # ----------------------------------------------------------------------------------- a training step
 
 
-def test_a_run_is_the_same_as_with_the_reference(cuda, rng, monkeypatch):
+@pytest.mark.parametrize("waits", [False, True], ids=["three launches", "one launch"])
+def test_a_run_is_the_same_as_with_the_reference(cuda, rng, monkeypatch, waits):
     """Loss, clipping and Adam through the public functions, on a batch with lengths."""
     tokens, lengths = rng.integers(0, 7, (6, 3)), [5, 0, 3]
     seed = int(rng.integers(1 << 30))
@@ -223,18 +397,19 @@ def test_a_run_is_the_same_as_with_the_reference(cuda, rng, monkeypatch):
         for _ in range(3):
             (logits, _), pullback = model.vjp(tokens[:-1], lengths=lengths)
             loss, d_logits = rnnkit.softmax_cross_entropy(logits, tokens[1:], lengths=lengths)
-            grads = pullback(d_logits).params
-            norm = rnnkit.clip_grad_norm(grads, 0.1)
-            optimizer.step(model.params, grads)
+            norm = optimizer.step(model.params, pullback(d_logits).params, clip_norm=0.1)
         return loss, norm, model.params.flat
 
     monkeypatch.setenv("RNNKIT_KERNELS", "reference")
     expected = run()
     monkeypatch.delenv("RNNKIT_KERNELS")
+    monkeypatch.setenv("RNNKIT_PERSISTENT", str(int(waits)))
     monkeypatch.setitem(rnnkit.kernels._MODULES, "numpy", ("cuda_on_host", "reference"))
     _choose.cache_clear()
     results = run()
     _choose.cache_clear()
-    assert {"adam", "clip_scale", "cross_entropy_rows"} <= set(cuda.device.launches)
+    last = ["clipped_adam"] if waits else ["clip_sums", "clip_scale", "adam"]
+    assert cuda.device.launches[-len(last) :] == last
+    assert "cross_entropy_rows" in cuda.device.launches
     for ours, theirs in zip(results, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)

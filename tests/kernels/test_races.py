@@ -1,4 +1,4 @@
-"""Scans in one launch have no races; races.h says what that means, and what it does not."""
+"""Kernels whose blocks wait for each other have no races; races.h says what that means, and what not."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import itertools
 
 import pytest
 from host_device import on_host
+from test_cuda import in_fences
+from test_cuda_training import ONE_STEP, at_odd_address, vectors
 from test_kernels import assert_agrees, problem
 from test_persistent import both_ways, by_hand, run_both
 
@@ -71,21 +73,47 @@ def test_no_races_of_both_directions(parts, rng, variant, dtype, H, layout):
 
 def test_a_race_of_the_real_kernel_is_found(parts, monkeypatch):
     """Without the barrier before a block tells that its step is done."""
-    source = parts["_loader"].source
-
-    def without(path):
-        text = source(path)
-        assert text.count(TELLING) == 1
-        return text.replace(TELLING, TELLING.replace("__syncthreads();", ""))
-
-    monkeypatch.setattr(parts["_loader"], "source", without)
+    change(parts, monkeypatch, TELLING, TELLING.replace("__syncthreads();", ""))
     with pytest.raises(AssertionError, match="a race: thread"):
         test_no_races(parts, monkeypatch, NoChance(), "lstm", "bfloat16", 24, "several")
 
 
-TELLING = """tell_done(const Scan& scan, unsigned count) {
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_races_in_clipped_adam(parts, monkeypatch, rng, dtype):
+    """Of three blocks, the last of which has little to do; by vectors and by single elements."""
+    monkeypatch.setenv("RNNKIT_PERSISTENT", "1")
+    parts["cuda"].device.launches.clear()
+    for move, N in ((in_fences, 4099), (at_odd_address, 1027)):
+        ours = [move(array) for array in vectors(rng, N, dtype)]
+        parts["cuda"].clipped_adam(*ours, max_norm=0.25, **ONE_STEP)
+    assert parts["cuda"].device.launches == ["clipped_adam"] * 2
+
+
+def test_a_race_in_clipped_adam_is_found(parts, monkeypatch, rng):
+    """Without the wait before a block reads what the others have."""
+    change(parts, monkeypatch, WAITING, "")
+    with pytest.raises(AssertionError, match="a race: thread"):
+        test_no_races_in_clipped_adam(parts, monkeypatch, rng, "float32")
+
+
+def change(parts, monkeypatch, old, new):
+    """Have kernels that are compiled from now on read `new` in place of `old`."""
+    source = parts["_loader"].source
+
+    def changed(path):
+        text = source(path)
+        assert text.count(old) == 1
+        return text.replace(old, new)
+
+    monkeypatch.setattr(parts["_loader"], "source", changed)
+
+
+TELLING = """tell_done(unsigned* flags, int block, unsigned count) {
     __syncthreads();
 """
+
+
+WAITING = "    if (!all_are_done(flags, 0, 1, gridDim.y, 1, reinterpret_cast<unsigned*>(error))) return;\n"
 
 
 class NoChance:

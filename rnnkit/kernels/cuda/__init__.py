@@ -1,7 +1,7 @@
 """Kernels for CuPy arrays: a matrix product and one fused kernel a time step, or a scan in one launch.
 
 Nothing here has been measured on a GPU yet. What shapes the code of the steps (of whole scans, which are off
-unless asked for, persistent.cuh says it):
+unless ``RNNKIT_PERSISTENT=1`` asks for them, persistent.cuh says it):
 
 - A launch takes the host some microseconds, in which the device could do many a step. So there are few: 2 a
   step, 4 with a projection, and a few around the loop. Nothing is sliced or allocated in a loop; a kernel
@@ -14,7 +14,9 @@ unless asked for, persistent.cuh says it):
 - Half precision: h, weights and outputs are stored in it; products and all else are float32, so the way back
   multiplies float32 gradients with weights widened once a scan, as the reference does.
 - Around the layers a training step launches 2 kernels for softmax cross-entropy, 3 with a mask or lengths; 2
-  for clipping, since every block must know the norm before it scales; and 1 for Adam.
+  for clipping, since every block must know the norm before it scales; and 1 for Adam. Where blocks may wait
+  for each other, as in whole scans, one kernel clips and takes the step of Adam, and reads the gradient once
+  more instead of writing it.
 
 Results are deterministic: no atomics, and cuBLAS repeats itself on the same device. Nothing waits for the
 device, and memory comes from CuPy's current allocator.
@@ -35,12 +37,12 @@ from ._plan import Plan, Scan
 from ._plan import step_times as _step_times
 from ._rnn import rnn_backward, rnn_backwards, rnn_forward, rnn_forwards
 from ._source import FOLDER
-from ._training import adam, clip, softmax_cross_entropy
+from ._training import adam, clip, clipped_adam, softmax_cross_entropy
 
 __all__ = [
-    "adam", "both", "clip", "embedding_backward", "gru_backward", "gru_forward", "lstm_backward",
-    "lstm_forward", "matmul", "rnn_backward", "rnn_forward", "softmax_cross_entropy", "step_times",
-    "whole_sequence", "why_not",
+    "adam", "both", "clip", "clipped_adam", "embedding_backward", "gru_backward", "gru_forward",
+    "lstm_backward", "lstm_forward", "matmul", "rnn_backward", "rnn_forward", "softmax_cross_entropy",
+    "step_times", "whole_sequence", "why_not",
 ]  # fmt: skip
 
 # Of which `note` says the largest that fits.

@@ -136,8 +136,9 @@ class ErrorFlag:
             failed, self._value[0] = bool(self._value[0]), 0
         if failed:
             raise RuntimeError(
-                "a whole-sequence kernel gave up: its blocks waited too long for each other, and what was "
-                "computed since the last check may be wrong. Set RNNKIT_PERSISTENT=0 and compute it again"
+                "a kernel gave up: its blocks waited too long for each other, and what was computed since "
+                "the last check, parameters included, may be wrong. Set RNNKIT_PERSISTENT=0 and compute it "
+                "again"
             )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from ..._array import namespace_of
 from ..._typing import Array
 from . import _loader
-from ._plan import Limits, Plan, Scan, plan, step_times
+from ._plan import LEAST_CAPABILITY, Limits, Plan, Scan, plan, step_times
 
 _PIECE = 16  # bytes: the longest load of a thread
 
@@ -40,8 +40,16 @@ class Side(NamedTuple):
 
 
 def enabled() -> bool:
-    """Whether the user wants scans in one launch."""
+    """Whether the user wants launches whose blocks wait for each other."""
     return os.environ.get("RNNKIT_PERSISTENT", "0") == "1"
+
+
+def blocks_may_wait() -> bool:
+    """Whether the user wants blocks to wait for each other, and the current device lets them."""
+    if not enabled():
+        return False
+    limits: Limits = _loader.limits()
+    return limits.multiprocessors > 0 and limits.capability >= LEAST_CAPABILITY
 
 
 def chosen(cell: str, backward: bool, dtype: str, T: int, B: int, H: int) -> Plan | None:

@@ -14,6 +14,7 @@ import itertools
 from typing import NamedTuple
 
 GATES = {"rnn": 1, "lstm": 4, "gru": 3}
+LEAST_CAPABILITY = (8, 0)
 PRODUCTS = ("half", "tf32", "fma")  # by their numbers in persistent.cuh
 
 
@@ -208,8 +209,8 @@ def plan(scan: Scan, limits: Limits) -> Plan | str:
     """Return the layout with the least estimated time of a step, or why there is none."""
     if scan.dtype == "float64":
         return "float64 has no tensor cores to gain from"
-    if limits.capability < (8, 0):
-        return "needs compute capability 8.0"
+    if limits.capability < LEAST_CAPABILITY:
+        return "needs compute capability {}.{}".format(*LEAST_CAPABILITY)
     if not scan.B:
         return "no sequences"
     if scan.B * scan.gates * scan.H >= 1 << 31:

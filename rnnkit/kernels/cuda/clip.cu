@@ -2,18 +2,12 @@
 
 #include "common.cuh"
 #include "reduce.cuh"
+#include "norm.cuh"
 
 // Each block's share of the sum of squares of flat (N), to sums (blocks).
 extern "C" __global__ void clip_sums(const STORE* flat, REAL* sums, long long N) {
     SHARED(REAL, room);
-    REAL mine = 0;
-    for (long long at = place(); at < N; at += stride()) {
-        REAL x[VECTOR];
-        load_part(flat + at, N - at, x);
-#pragma unroll
-        for (int v = 0; v < VECTOR; ++v) mine += x[v] * x[v];
-    }
-    const REAL all = over_block(mine, Sum(), room);
+    const REAL all = sum_of_squares(flat, place(), stride(), N, room);
     if (threadIdx.x == 0) sums[blockIdx.x] = all;
 }
 
@@ -22,11 +16,10 @@ extern "C" __global__ void clip_sums(const STORE* flat, REAL* sums, long long N)
 extern "C" __global__ void clip_scale(
     STORE* flat, const REAL* sums, REAL* norm, double max_norm, long long N) {
     SHARED(REAL, room);
-    const REAL mine = threadIdx.x < gridDim.x ? sums[threadIdx.x] : REAL(0);
-    const REAL length = sqrt(over_block(mine, Sum(), room));
+    const REAL length = norm_of(sums, gridDim.x, room);
     if (blockIdx.x == 0 && threadIdx.x == 0) *norm = length;
-    const REAL scale = REAL(max_norm) / (length + REAL(1e-6));
-    if (!(scale < 1)) return;
+    const REAL scale = scale_of(length, max_norm);
+    if (scale == 1) return;
     for (long long at = place(); at < N; at += stride()) {
         REAL x[VECTOR];
         load_part(flat + at, N - at, x);

@@ -1,5 +1,5 @@
 // A scan whose whole time loop is one launch: what the persistent_*.cu files share. Include common.cuh,
-// sync.cuh and tensor.cuh first. Here are the plan, who does what, and how blocks wait;
+// sync.cuh, which says how blocks wait, and tensor.cuh first. Here are the plan and who does what;
 // persistent_product.cuh multiplies, persistent_run.cuh has the loop. Nothing of this has run on a device.
 //
 // A group of SEQUENCES sequences is served by some blocks of the grid, which wait for each other at every
@@ -81,12 +81,6 @@ static_assert(IN_SHARED + STREAMED < WINDOWS, "some of the weights are in regist
 static_assert(RING <= CHUNKS * STREAMED && (RING > 0) == (STREAMED > 0), "no window comes twice in a step");
 static_assert(GRID || CHUNKS == 1, "a block alone keeps the whole operand");
 
-// A block looks so many times before it gives up: some seconds, where a step takes microseconds. It looks
-// whether another one gave up once in PATIENCE times.
-#ifndef MOST_SPINS
-#define MOST_SPINS (1u << 23)
-#endif
-constexpr unsigned PATIENCE = MOST_SPINS / 64;
 // Every block sorts the lengths for itself, by comparing each with all: a few microseconds for so many.
 constexpr int MOST_SORTED = 2048;
 
@@ -106,11 +100,6 @@ struct Scan {
     __device__ int block() const { return blockIdx.y / DIRECTIONS; }   // of this launch and direction
     __device__ int group() const { return first_group + (GRID ? block() / blocks() : block()); }
     __device__ int first_unit() const { return GRID ? block() % blocks() * UNITS : 0; }
-    // Of the k-th block of this group.
-    __device__ unsigned* flag(int k) const {
-        const int its = block() / blocks() * blocks() + k;
-        return flags + 1 + its * DIRECTIONS + blockIdx.y % DIRECTIONS;
-    }
     // Where step t begins in an array (T, B, columns).
     __device__ long long step(int t, int columns) const { return (long long)t * B * columns; }
 };
@@ -197,27 +186,15 @@ __device__ __forceinline__ void choose_sequences(const Scan& scan, Sequence* seq
 
 // ------------------------------------------------------------------------------------- blocks of a group
 
-// Waits until all blocks of the group have done `count` steps. False, for all threads, where one does not
-// come in time or another block gave up waiting: then the host will learn it from the error flag.
+// Waits until all blocks of the group have done `count` steps; false, for all threads, where one does not come.
 __device__ __forceinline__ bool all_have_done(const Scan& scan, unsigned count) {
-    bool failed = false;
-    for (int k = threadIdx.x; k < scan.blocks() && !failed; k += THREADS) {
-        for (unsigned spins = 1; load_acquire(scan.flag(k)) < count && !failed; ++spins) {
-            if (spins == MOST_SPINS) {
-                store_system(scan.error, 1);
-                store_release(scan.flags, 1);
-            }
-            if (spins % PATIENCE == 0) failed = load_acquire(scan.flags) != 0;
-            pause();
-        }
-    }
-    return !__syncthreads_or(failed);
+    const int first = scan.block() / scan.blocks() * scan.blocks() * DIRECTIONS + blockIdx.y % DIRECTIONS;
+    return all_are_done(scan.flags, first, DIRECTIONS, scan.blocks(), count, scan.error);
 }
 
-// Tells the group that this block has done `count` steps: all its threads, whose stores come before.
+// Tells the group that this block has done `count` steps.
 __device__ __forceinline__ void tell_done(const Scan& scan, unsigned count) {
-    __syncthreads();
-    if (threadIdx.x == 0) store_release(scan.flags + 1 + blockIdx.y, count);
+    tell_done(scan.flags, blockIdx.y, count);
 }
 
 // An item's gates at step t of gates (T, B, GATES*H).

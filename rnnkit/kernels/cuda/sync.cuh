@@ -60,3 +60,39 @@ __device__ __forceinline__ void copy_wait() {
 }
 
 #endif
+
+// A block looks so many times before it gives up: some seconds, where what it waits for takes microseconds. It
+// looks whether another one gave up once in PATIENCE times.
+#ifndef MOST_SPINS
+#define MOST_SPINS (1u << 23)
+#endif
+constexpr unsigned PATIENCE = MOST_SPINS / 64;
+
+// `flags` has a number that says whether a block gave up, and then one for each block: how often it has told
+// that it is done. All are zero at first.
+
+// Waits until `blocks` blocks, `first` and each `step`-th after it, are done `count` times. False, for all
+// threads, where one does not come in time or another block gave up waiting: then the host will learn it from
+// the error flag.
+__device__ __forceinline__ bool all_are_done(
+    unsigned* flags, int first, int step, int blocks, unsigned count, unsigned* error) {
+    const unsigned* const theirs = flags + 1 + first;
+    bool failed = false;
+    for (int k = threadIdx.x; k < blocks && !failed; k += blockDim.x) {
+        for (unsigned spins = 1; load_acquire(theirs + k * step) < count && !failed; ++spins) {
+            if (spins == MOST_SPINS) {
+                store_system(error, 1);
+                store_release(flags, 1);
+            }
+            if (spins % PATIENCE == 0) failed = load_acquire(flags) != 0;
+            pause();
+        }
+    }
+    return !__syncthreads_or(failed);
+}
+
+// Tells that a block is done for the `count`-th time: all its threads, whose stores come before.
+__device__ __forceinline__ void tell_done(unsigned* flags, int block, unsigned count) {
+    __syncthreads();
+    if (threadIdx.x == 0) store_release(flags + 1 + block, count);
+}
