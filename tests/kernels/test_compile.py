@@ -27,17 +27,22 @@ TABLE = Path(__file__).with_name("resources.csv")
 
 # What a plan is made for, an A100, an H200 and a B200: multiprocessors, and KB of shared memory of a block.
 DEVICES = {"sm_80": (108, 163), "sm_90": (132, 227), "sm_100": (148, 227)}
-# (cell, dtype, tf32, B, H) there and back: every cell and every product, and for LSTMs in bfloat16 one block
-# a group, several groups, as many registers as there are, weights in shared memory as well, rows that begin
-# at odd places.
+# (cell, dtype, tf32, B, H, directions) there and back: every cell and every product, and for LSTMs in
+# bfloat16 one block a group, several groups, as many registers as there are, weights in shared memory too,
+# rows that begin at odd places; then weights that are streamed, and both directions at once.
 WHOLE = [
-    *[(cell, "bfloat16", False, 16, 256) for cell in ("rnn", "gru", "lstm")],
-    *[("lstm", dtype, tf32, 16, 256) for dtype, tf32 in (("float16", False), ("float32", True))],
-    ("lstm", "float32", False, 16, 256),
+    *[(cell, "bfloat16", False, 16, 256, 1) for cell in ("rnn", "gru", "lstm")],
+    *[("lstm", dtype, tf32, 16, 256, 1) for dtype, tf32 in (("float16", False), ("float32", True))],
+    ("lstm", "float32", False, 16, 256, 1),
     *[
-        ("lstm", "bfloat16", False, B, H)
+        ("lstm", "bfloat16", False, B, H, 1)
         for B, H in ((1, 64), (64, 128), (64, 192), (64, 512), (64, 1024), (5, 250))
     ],
+    *[("lstm", *case, 1) for case in (("bfloat16", False, 1, 3072), ("float32", True, 16, 1024))],
+    *[("gru", *case, 1) for case in (("float16", False, 16, 2048), ("float32", False, 4, 1536))],
+    *[("lstm", *case, 2) for case in (("bfloat16", False, 64, 512), ("float32", True, 16, 256))],
+    *[("gru", *case, 2) for case in (("float16", False, 1, 3072), ("float32", False, 64, 128))],
+    ("rnn", "bfloat16", False, 16, 1024, 2),
 ]
 WHOLE_TABLE = Path(__file__).with_name("whole_sequences.csv")
 REPORT = re.compile(
@@ -111,10 +116,10 @@ def test_within_the_limits(limits, file, dtype, architecture):
 
 def whole(case, backward, architecture):
     """Compile a kernel of whole sequences in its plan and return its resources; None without a plan."""
-    cell, dtype, tf32, B, H = case
+    cell, dtype, tf32, B, H, directions = case
     multiprocessors, shared = DEVICES[architecture]
     capability = divmod(int(architecture.removeprefix("sm_")), 10)
-    scan = plans().Scan(cell, backward, dtype, tf32, B, H)
+    scan = plans().Scan(cell, backward, dtype, tf32, B, H, directions)
     plan = plans().plan(scan, plans().Limits(multiprocessors, shared << 10, 1 << 16, capability))
     if isinstance(plan, str):
         return None
@@ -131,7 +136,7 @@ def whole_limits():
         return {tuple(row[name] for name in WHOLE_KEY): row for row in csv.DictReader(file)}
 
 
-WHOLE_KEY = ("cell", "backward", "dtype", "tf32", "B", "H")
+WHOLE_KEY = ("cell", "backward", "dtype", "tf32", "B", "H", "directions")
 
 
 def key_of(case, backward):

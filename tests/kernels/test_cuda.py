@@ -207,10 +207,13 @@ def test_explain_says_whether_a_sequence_is_one_launch(cuda, monkeypatch):
         monkeypatch.setenv("RNNKIT_PERSISTENT", off)
         assert "step by step (RNNKIT_PERSISTENT=1 takes" in cuda.note("lstm_forward", case)
     monkeypatch.setenv("RNNKIT_PERSISTENT", "1")
-    assert "one launch a sequence" in cuda.note("lstm_forward", case)
+    said = cuda.note("lstm_forward", case)
+    assert re.search(r"one launch .* for 1024 sequences or more, up to \d+ also for both directions", said)
+    said = cuda.note("lstm_forward", case._replace(hidden_size=384))
+    assert re.search(r"for \d+ sequences.*; for more step by step: an estimated \d+ us a step", said)
     for other, why in [
         (case._replace(dtype="float64"), "float64"),
-        (case._replace(hidden_size=1 << 16), "do not fit"),
+        (case._replace(hidden_size=1 << 16), "too many"),
         (case._replace(proj_size=3), "a projection"),
     ]:
         assert re.search(f"step by step: .*{why}", cuda.note("lstm_forward", other))

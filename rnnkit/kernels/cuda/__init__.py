@@ -111,14 +111,17 @@ def note(name: str, case: Case) -> str | None:
 
 
 def _launches(name: str, case: Case) -> str:
-    """Say whether a scan is one launch, for how many sequences, or why not."""
+    """Say whether a scan is one launch, for how many sequences, and one for both directions; or why not."""
     if not _persistent.enabled():
         return "step by step (RNNKIT_PERSISTENT=1 takes one launch a sequence; never tried on a device)"
     layouts = {B: whole_sequence(name, case, B) for B in _BATCHES}
     fitting = [B for B, layout in layouts.items() if isinstance(layout, Plan)]
     if not fitting:
         return f"step by step: {layouts[1]}"
-    if fitting[-1] == _BATCHES[-1]:
-        return f"one launch a sequence (RNNKIT_PERSISTENT=1) for {fitting[-1]} sequences or more"
-    more = layouts[_BATCHES[_BATCHES.index(fitting[-1]) + 1]]
-    return f"one launch a sequence (RNNKIT_PERSISTENT=1) for up to {fitting[-1]} sequences; for more: {more}"
+    pairs = {B: whole_sequence(name, case, B, 2) for B in fitting}
+    pairs = {B: layout for B, layout in pairs.items() if isinstance(layout, Plan) and layout.directions == 2}
+    larger = _BATCHES[len(fitting) :]
+    many = f"{fitting[-1]} sequences" if larger else f"{fitting[-1]} sequences or more"
+    both = f", up to {max(pairs)} also for both directions of a layer at once" if pairs else ""
+    rest = f"; for more step by step: {layouts[larger[0]]}" if larger else ""
+    return f"one launch a sequence (RNNKIT_PERSISTENT=1) for {many}{both}{rest}"

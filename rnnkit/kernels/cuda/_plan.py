@@ -173,7 +173,7 @@ class Plan(NamedTuple):
         sums = self.tiles_m * self.n_tiles * (16 if self.product == "fma" else 4)
         items = -(-self.units * self.sequences // self.threads) * (gates + 3)
         more = _FROM_SHARED if self.in_shared or self.streamed else 0
-        more += _STREAMING if self.streamed else 0
+        more += _STREAMING[0] + _STREAMING[1] * self.tiles_m if self.streamed else 0
         more += _SECOND_DIRECTION if self.directions == 2 else 0
         return weights + sums + items + _OTHER_REGISTERS + more
 
@@ -194,7 +194,7 @@ class Plan(NamedTuple):
 # what sm_100 needs, which needs most (tests/kernels/whole_sequences.csv).
 _OTHER_REGISTERS = 72
 _FROM_SHARED = 20
-_STREAMING = 24
+_STREAMING = 16, 6  # and for each tile of rows
 _SECOND_DIRECTION = 20
 _MOST_REGISTERS = 255  # of a thread: the architecture's
 _MOST_BLOCKS = 65535  # along the axis y of a grid, which the kernels use
