@@ -319,8 +319,9 @@ def test_launches_a_step(cupy, monkeypatch, name, cell, direction, rng, torch):
 
 # ------------------------------------------------------------------------- whole sequences in one launch
 
-# (B, H): one block a group, several blocks, several groups of several blocks, rows that begin at odd places.
-GROUPS = [(3, 40), (5, 256), (70, 264), (20, 301)]
+# (B, H): one block a group, several blocks, several groups of several blocks, rows that begin at odd places,
+# several launches, streamed weights.
+GROUPS = [(3, 40), (5, 256), (70, 264), (20, 301), (600, 520), (9, 1800)]
 WHOLE_TOLERANCE = {"float32": 1e-5, "tf32": 1e-2, "float16": 1e-2, "bfloat16": 1e-1}
 
 

@@ -25,7 +25,7 @@ from .rig import Rig
 from .sides import TOLERANCE, WHOLE, module_of, why_not
 
 REPEATS = 10  # of each problem; there and back that are twenty launches, of two directions forty
-MOST_T, MOST_B, MOST_H = 48, 96, 1100  # beyond an H that one launch can take, which are passed over
+MOST_T, MOST_B, MOST_H = 48, 160, 2200  # what goes step by step is passed over
 
 
 class Draw(NamedTuple):
