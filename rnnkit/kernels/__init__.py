@@ -71,12 +71,16 @@ _MODULES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels that serve a case: functions by name, the module of each, and why not a faster one."""
+    """The kernels that serve a case: functions by name, the module of each, and why not a faster one.
+
+    `asked_for_both` are the modules' functions `both`, by the name of the kernel.
+    """
 
     case: Case
     functions: dict[str, Callable[..., Any]]
     modules: dict[str, str]
     refused: dict[str, dict[str, str]]
+    asked_for_both: dict[str, Callable[..., Any]]
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
         """Return the function of that name."""
@@ -84,8 +88,8 @@ class Kernels:
 
     def both(self, name: str, T: int, B: int) -> Callable[..., Any] | None:
         """Return what runs the kernel of that name in both directions of a layer at once, or None."""
-        ask = getattr(_load(self.modules[name]), "both", None)
-        return ask(name, self.case, T, B) if ask else None
+        ask = self.asked_for_both.get(name)
+        return None if ask is None else ask(name, self.case, T, B)
 
     def note(self, name: str) -> str | None:
         """Return what the module of that kernel has to say about its numbers now, or None."""
@@ -156,11 +160,15 @@ def _choose(namespace: str, case: Case, only: str) -> Kernels:
                 modules[name] = module_name
             else:
                 refused[name][module_name] = reason
+    asked_for_both = {}
     for name, module_name in list(modules.items()):
+        module = _load(module_name)
         for more in _optional(name):
-            if hasattr(_load(module_name), more):
-                functions[more] = getattr(_load(module_name), more)
-    return Kernels(case, functions, modules, refused)
+            if hasattr(module, more):
+                functions[more] = getattr(module, more)
+        if hasattr(module, "both"):
+            asked_for_both[name] = module.both
+    return Kernels(case, functions, modules, refused, asked_for_both)
 
 
 def _optional(name: str) -> tuple[str, ...]:
