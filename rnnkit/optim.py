@@ -75,10 +75,14 @@ class Optimizer:
         if clip_norm is not None:
             _check_max_norm("clip_norm", clip_norm)
         self.steps += 1
-        with backend_of(params.flat).active():
-            if clip_norm is not None:
-                return self._clipped_step(params.flat, grads.flat, clip_norm)
-            self._step(params.flat, grads.flat)
+        try:
+            with backend_of(params.flat).active():
+                if clip_norm is not None:
+                    return self._clipped_step(params.flat, grads.flat, clip_norm)
+                self._step(params.flat, grads.flat)
+        except BaseException:
+            self.steps -= 1  # it was not taken
+            raise
         return None
 
     def _step(self, flat: Array, d_flat: Array) -> None:

@@ -116,7 +116,10 @@ def train_step(
     (logits, state), pullback = model.vjp(batch.inputs, state, lengths=batch.lengths, seed=seed)
     loss, d_logits = _loss(model, logits, batch)
     grads = pullback(d_logits).params
-    optimizer.step(model.params, grads, clip_norm=clip_norm)
+    if clip_norm is None:
+        optimizer.step(model.params, grads)  # which may be a user's own, that does not clip
+    else:
+        optimizer.step(model.params, grads, clip_norm=clip_norm)
     return loss, state
 
 

@@ -134,14 +134,10 @@ class HostDevice:
         self._lock = threading.RLock()
         self._host = _host()
 
-    def raw_module(
-        self, *, code: str, options: tuple[str, ...], enable_cooperative_groups: bool = False
-    ) -> SimpleNamespace:
+    def raw_module(self, *, code: str, options: tuple[str, ...]) -> SimpleNamespace:
         """Stand in for `cupy.RawModule`."""
         library = self._library(code, options)
-        return SimpleNamespace(
-            get_function=lambda name: Function(self, library, name, code, options, enable_cooperative_groups)
-        )
+        return SimpleNamespace(get_function=lambda name: Function(self, library, name, code, options))
 
     def _library(self, code: str, options: tuple[str, ...]) -> ctypes.CDLL:
         # What the sanitizers call is in host.cpp: their libraries would be linked with the option.
@@ -210,15 +206,14 @@ class Function:
     """Stands in for `cupy.RawKernel`, as a module of a `HostDevice` returns it."""
 
     def __init__(
-        self, device: HostDevice, library: ctypes.CDLL, name: str, code: str, options: tuple[str, ...],
-        cooperative: bool,
-    ):  # fmt: skip
-        self.device, self.library, self.name, self.cooperative = device, library, name, cooperative
+        self, device: HostDevice, library: ctypes.CDLL, name: str, code: str, options: tuple[str, ...]
+    ):
+        self.device, self.library, self.name = device, library, name
         describe = getattr(library, f"{name}_signature")
         describe.restype = ctypes.c_char_p
         self.kinds, self.letters = describe().decode().split("|")
         self.pointers = ctypes.c_void_p * len(self.kinds)  # to make a type costs more than a launch
-        self.mode = 2 if cooperative else int(bool(WAITS.search(MACROS.sub("", code))))
+        self.mode = int(bool(WAITS.search(MACROS.sub("", code))))
         vectors = [int(option.partition("=")[2]) for option in options if option.startswith("-DVECTOR")]
         self.vector = vectors[0] if vectors else 1
         self._most_shared = device.attributes["MaxSharedMemoryPerBlock"]
@@ -234,6 +229,13 @@ class Function:
         self._most_shared = size
 
     def __call__(self, grid: Size, block: Size, args: tuple[Any, ...], *, shared_mem: int = 0) -> None:
+        self.kernel(grid, block, args, shared_mem=shared_mem)
+
+    def kernel(
+        self, grid: Size, block: Size, args: tuple[Any, ...], *, shared_mem: int = 0,
+        enable_cooperative_groups: bool = False,
+    ) -> None:  # fmt: skip
+        """Stand in for what `cupy.RawKernel.kernel` returns."""
         name = self.name
         assert len(args) == len(self.kinds), f"{name} takes {len(self.kinds)} arguments, got {len(args)}"
         values = [
@@ -248,9 +250,10 @@ class Function:
             f"{name}: {shared_mem} bytes of shared memory, but {self._most_shared} were asked for"
         )
         grid, block = ((*size, *[1] * (3 - len(size))) for size in (grid, block))
-        if self.cooperative:
+        if enable_cooperative_groups:
             grid = self._together(grid, self.device.blocks_at_once(math.prod(block), shared_mem))
-        self.device.run(self.library, name, pointers, grid, block, shared_mem, self.mode)
+        mode = 2 if enable_cooperative_groups else self.mode
+        self.device.run(self.library, name, pointers, grid, block, shared_mem, mode)
         for k, arg in enumerate(args):
             assert not isinstance(arg, np.ndarray) or fences_hold(arg), f"{name} wrote beyond argument {k}"
 

@@ -499,26 +499,31 @@ def test_a_capture_that_fails_leaves_the_current_stream_as_it_was():
 class FakeModule:
     """cupy.RawModule: kernels that do on the host what they are for, and check how they are launched."""
 
-    def __init__(self, *, code, enable_cooperative_groups=False):
-        self.code, self.cooperative = code, enable_cooperative_groups
+    def __init__(self, *, code):
+        self.code = code
 
     def get_function(self, name):
         assert f"{name}(" in self.code
 
-        def launch(grid, block, arguments):
+        def kernel(grid, block, arguments, enable_cooperative_groups=False):
             assert len(grid) in (1, 2)
             assert block == (32,)
-            if name == "grid_barriers":
-                assert self.cooperative
+            if enable_cooperative_groups:
                 assert grid[0] == 1, "CuPy shrinks a cooperative grid (n, 1) silently"
+            if name == "grid_barriers":
+                assert enable_cooperative_groups
                 arrived, failed, count = arguments
                 arrived += np.uint32(grid[1] * count)
                 assert not failed
             if name == "cluster_barriers":
-                assert not self.cooperative
+                assert not enable_cooperative_groups
                 assert grid[0] % limits.CLUSTER == 0
             assert all(isinstance(value, (np.ndarray, np.int32)) for value in arguments)
 
+        def launch(grid, block, arguments):
+            kernel(grid, block, arguments)
+
+        launch.kernel = kernel
         return launch
 
 

@@ -255,6 +255,21 @@ def test_clipping_leaves_small_gradients_alone(backend):
 STEPS = [pytest.param(case.values[0], case.values[2], id=case.id) for case in OPTIMISERS]
 
 
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_step_that_fails_is_not_counted(monkeypatch, clip_norm):
+    """Adam's bias correction would be off for whoever goes on."""
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("the device is gone")
+
+    layer, optimizer = rnnkit.Linear(2, 3, seed=0), rnnkit.Adam()
+    optimizer.step(layer.params, layer.params)
+    monkeypatch.setattr(optimizer, "_step", fails)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        optimizer.step(layer.params, layer.params, clip_norm=clip_norm)
+    assert optimizer.steps == 1
+
+
 @pytest.mark.parametrize(("ours", "options"), STEPS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("clip_norm", [0.05, 1e6])

@@ -278,6 +278,20 @@ def test_a_training_step_clips(backend, rng):
     np.testing.assert_allclose(list(steps(0.01)), 0.01, rtol=1e-3)
 
 
+def test_a_training_step_takes_an_optimizer_that_does_not_clip(rng):
+    """Of a user's own, whose step knows no clip_norm."""
+
+    class Sign(rnnkit.SGD):
+        def step(self, params, grads):
+            params.flat -= self.lr * np.sign(grads.flat)
+
+    model = rnnkit.LanguageModel(5, 6, dtype="float64", seed=0)
+    before = model.params.flat.copy()
+    batch = next(iter(Stream(rng.integers(0, 5, 40), 4, 10, model.asarray).batches(4)))
+    rnnkit.train_step(model, Sign(0.5), batch)
+    np.testing.assert_allclose(np.abs(model.params.flat - before).max(), 0.5, rtol=0, atol=1e-12)
+
+
 def test_evaluate_does_not_depend_on_the_batches(backend, counting):
     vocabulary, sequences = counting
     model = rnnkit.LanguageModel(len(vocabulary), 8, dtype="float64", backend=backend, seed=0)

@@ -112,17 +112,16 @@ def of_gpu(cupy: Any, torch: Any) -> list[Limit]:
         )  # fmt: skip
     blocks = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["multiProcessorCount"]
     code = SOURCE.read_text(encoding="utf-8")
-    plain = cupy.RawModule(code=code)
-    cooperative = cupy.RawModule(code=code, enable_cooperative_groups=True)
+    module = cupy.RawModule(code=code)
     return [
         *found,
-        Limit("launch", "CuPy RawKernel, empty", _empty(plain, (1, 1)), LAUNCHES),
-        Limit("launch", f"cooperative, {blocks} blocks, empty", _empty(cooperative, (1, blocks)), LAUNCHES),
+        Limit("launch", "CuPy RawKernel, empty", _empty(module, (1, 1), False), LAUNCHES),
+        Limit("launch", f"cooperative, {blocks} blocks, empty", _empty(module, (1, blocks), True), LAUNCHES),
         Limit("launch", "CuPy elementwise, out=, 4096 numbers", _elementwise(cupy), LAUNCHES),
         Limit("launch", f"CuPy matmul, out=, {SMALL}, float32", _small_product(cupy), LAUNCHES),
-        Limit("barrier", f"grid, {blocks} blocks", _grid(cupy, cooperative, blocks), BARRIERS),
+        Limit("barrier", f"grid, {blocks} blocks", _grid(cupy, module, blocks), BARRIERS),
         Limit("barrier", f"cluster, {CLUSTER} blocks, {CLUSTERED_BLOCKS // CLUSTER} clusters",
-              _cluster(plain), BARRIERS),
+              _cluster(module), BARRIERS),
     ]  # fmt: skip
 
 
@@ -155,12 +154,19 @@ def _repeated(launch: Callable[[], Any]) -> Callable[[], None]:
     return call
 
 
-def _empty(module: Any, grid: tuple[int, int]) -> Made:
+def _empty(module: Any, grid: tuple[int, int], cooperative: bool) -> Made:
     def make() -> tuple[Callable[[], Any], Callable[[], bool]]:
-        kernel = module.get_function("empty")
-        return _repeated(lambda: kernel(grid, (BLOCK,), ())), lambda: True
+        raw = module.get_function("empty")
+        if not cooperative:
+            return _repeated(lambda: raw(grid, (BLOCK,), ())), lambda: True
+        return _repeated(lambda: _together(raw, grid, ())), lambda: True
 
     return make
+
+
+def _together(raw: Any, grid: tuple[int, int], arguments: tuple[Any, ...]) -> None:
+    """Launch a kernel whose blocks are all there at the same time; rnnkit's loader says why in this way."""
+    raw.kernel(grid, (BLOCK,), arguments, enable_cooperative_groups=True)
 
 
 def _elementwise(cupy: Any) -> Made:
@@ -189,7 +195,7 @@ def _grid(cupy: Any, module: Any, blocks: int) -> Made:
         def call() -> None:
             arrived.fill(0)
             # As (1, n): CuPy shrinks a cooperative grid (n, 1) that does not fit, but raises for this one.
-            kernel((1, blocks), (BLOCK,), (arrived, failed, np.int32(BARRIERS)))
+            _together(kernel, (1, blocks), (arrived, failed, np.int32(BARRIERS)))
 
         return call, lambda: int(arrived[0]) == blocks * BARRIERS and not int(failed[0])
 

@@ -33,10 +33,10 @@ from .sides import (
 
 # (T, B, I, H), layers and directions of what is verified: a multiple of 8, sizes that fill no block, a single
 # one of everything. The others are for whole sequences in one launch: several groups, each of several blocks;
-# both directions at once, in one block and in several.
+# both directions at once, in one block and in several; streamed weights; several launches.
 VERIFIED = (
     ((9, 5, 17, 24), 1, 1), ((4, 3, 2, 33), 1, 1), ((1, 1, 1, 1), 1, 1), ((5, 70, 3, 264), 1, 1),
-    ((4, 9, 5, 40), 2, 2), ((3, 9, 5, 264), 1, 2),
+    ((4, 9, 5, 40), 2, 2), ((3, 9, 5, 264), 1, 2), ((3, 9, 5, 1800), 1, 1), ((3, 600, 5, 200), 1, 2),
 )  # fmt: skip
 # The reference in float64 on another machine differs by rounding alone.
 VERIFIED_TOLERANCE = {"float64": 1e-12} | {

@@ -25,7 +25,7 @@ from .rig import Rig
 from .sides import TOLERANCE, WHOLE, module_of, why_not
 
 REPEATS = 10  # of each problem; there and back that are twenty launches, of two directions forty
-MOST_T, MOST_B, MOST_H = 48, 160, 2200  # what goes step by step is passed over
+MOST_T, MOST_B, MOST_H = 48, 700, 2200  # what goes step by step is passed over
 
 
 class Draw(NamedTuple):
@@ -126,4 +126,4 @@ def _serves(problem: Draw, rig: Rig, kernel: str) -> bool:
         return True
     case = Case("train", problem.cell, problem.T, problem.B, 5, problem.H, problem.dtype)
     with rig.precision(problem.precision == "tf32"):
-        return why_not(kernel, case, rig) is None
+        return why_not(kernel, case, rig, 2 if problem.bidirectional else 1) is None

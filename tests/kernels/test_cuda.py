@@ -208,9 +208,10 @@ def test_explain_says_whether_a_sequence_is_one_launch(cuda, monkeypatch):
         assert "step by step (RNNKIT_PERSISTENT=1 takes" in cuda.note("lstm_forward", case)
     monkeypatch.setenv("RNNKIT_PERSISTENT", "1")
     said = cuda.note("lstm_forward", case)
-    assert re.search(r"one launch .* for 1024 sequences or more, up to \d+ also for both directions", said)
+    assert "(RNNKIT_PERSISTENT=1) for any number of sequences" in said
+    assert re.search(r"sequences, for both directions of a layer at once for up to \d+ sequences$", said)
     said = cuda.note("lstm_forward", case._replace(hidden_size=384))
-    assert re.search(r"for \d+ sequences.*; for more step by step: an estimated \d+ us a step", said)
+    assert re.search(r"for up to \d+ sequences.*; else step by step: an estimated \d+ us a step", said)
     for other, why in [
         (case._replace(dtype="float64"), "float64"),
         (case._replace(hidden_size=1 << 16), "too many"),

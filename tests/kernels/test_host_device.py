@@ -23,20 +23,21 @@ def launch(planted, request):
     """Launch a kernel of planted.cu, in float64, or of another file under one of the schedules."""
     planted.order = request.param
 
-    def call(name, grid, block, args, *, file="planted", most_shared=None, shared=0, **variant):
-        kernel = function(planted, name, file, **variant)
+    def call(
+        name, grid, block, args, *, file="planted", most_shared=None, shared=0, cooperative=False, **variant
+    ):
+        function_ = function(planted, name, file, **variant)
         if most_shared is not None:
-            kernel.max_dynamic_shared_size_bytes = most_shared
-        kernel(grid, block, args, shared_mem=shared)
+            function_.max_dynamic_shared_size_bytes = most_shared
+        function_.kernel(grid, block, args, shared_mem=shared, enable_cooperative_groups=cooperative)
 
     return call
 
 
-def function(device, name, file="planted", dtype="float64", cooperative=False):
+def function(device, name, file="planted", dtype="float64"):
     source = kernel_source()
     code, options = source.source(HERE / f"{file}.cu"), source.options(dtype, vector=1)
-    module = device.raw_module(code=code, options=options, enable_cooperative_groups=cooperative)
-    return module.get_function(name)
+    return device.raw_module(code=code, options=options).get_function(name)
 
 
 def drawn(rng, n):
@@ -218,8 +219,10 @@ def test_a_race_between_blocks_is_found_in_any_order(racing, order):
     def run(name):
         x, count, error = fenced((2, 3, 40), np.float32), *(np.zeros(1, np.uint32) for _ in range(2))
         x[...] = 1
-        call = function(racing, name, "planted_persistent", "float16", cooperative=True)
-        call((1, 3), (40,), (x, count, error, 1 << 20, 3), shared_mem=4)
+        call = function(racing, name, "planted_persistent", "float16").kernel
+        call(
+            (1, 3), (40,), (x, count, error, 1 << 20, 3), shared_mem=4, enable_cooperative_groups=True
+        )  # fmt: skip
 
     run("added_up")
     for fault in ("without_wait", "without_barrier", "in_one_slot", "without_release"):

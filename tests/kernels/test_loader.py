@@ -136,9 +136,11 @@ def arguments(call):
 def test_cupy_has_what_the_host_device_stands_in_for(cupy):
     """What `_stand_ins` offers, by the installed CuPy's own words."""
     module = arguments(cupy.RawModule)
-    for argument in ("code=", "options=", "enable_cooperative_groups="):
+    for argument in ("code=", "options="):
         assert argument in module
     assert "shared_mem=0" in cupy.RawKernel.__call__.__doc__
+    assert hasattr(cupy.RawKernel, "kernel")
+    assert "enable_cooperative_groups=False" in arguments(cupy.cuda.Function.linear_launch)
     assert isinstance(cupy.RawKernel.max_dynamic_shared_size_bytes, type(cupy.RawKernel.num_regs))
     assert "Can be set" in cupy.RawKernel.max_dynamic_shared_size_bytes.__doc__
     assert arguments(cupy.cuda.alloc_pinned_memory) == "size_t size"

@@ -100,7 +100,12 @@ LAYOUTS = {
         {"units": 72, "warps_m": 4, "streamed": 2, "ring": 1},
         {"units": 72, "warps_m": 2, "warps_k": 2, "streamed": 7, "ring": 3},
     ),
+    "streamed chunks": (
+        {"units": 8, "chunks": 3, "streamed": 1, "ring": 2},
+        {"units": 16, "chunks": 4, "streamed": 2, "ring": 3},
+    ),
     "launches": (SEVERAL | {"at_once": 2}, SEVERAL | {"at_once": 1}),
+    "launches alone": (ALONE | {"at_once": 1}, ALONE | {"at_once": 2}),
 }
 # Variant of a cell, dtype, TF32, H, layout.
 CASES = [
@@ -124,6 +129,8 @@ CASES = [
     ("lstm", "float16", False, 72, "streamed alone"),
     ("lstm", "float32", False, 24, "launches"),
     ("gru-bias", "bfloat16", False, 23, "launches"),
+    ("lstm", "float32", False, 96, "streamed chunks"),
+    ("rnn-tanh", "float32", False, 24, "launches alone"),
 ]
 
 

@@ -114,14 +114,17 @@ def _launches(name: str, case: Case) -> str:
     """Say whether a scan is one launch, for how many sequences, and one for both directions; or why not."""
     if not _persistent.enabled():
         return "step by step (RNNKIT_PERSISTENT=1 takes one launch a sequence; never tried on a device)"
-    layouts = {B: whole_sequence(name, case, B) for B in _BATCHES}
-    fitting = [B for B, layout in layouts.items() if isinstance(layout, Plan)]
-    if not fitting:
-        return f"step by step: {layouts[1]}"
-    pairs = {B: whole_sequence(name, case, B, 2) for B in fitting}
-    pairs = {B: layout for B, layout in pairs.items() if isinstance(layout, Plan) and layout.directions == 2}
-    larger = _BATCHES[len(fitting) :]
-    many = f"{fitting[-1]} sequences" if larger else f"{fitting[-1]} sequences or more"
-    both = f", up to {max(pairs)} also for both directions of a layer at once" if pairs else ""
-    rest = f"; for more step by step: {layouts[larger[0]]}" if larger else ""
-    return f"one launch a sequence (RNNKIT_PERSISTENT=1) for {many}{both}{rest}"
+    alone = {B: whole_sequence(name, case, B) for B in _BATCHES}
+    fitting = [B for B, layout in alone.items() if isinstance(layout, Plan)]
+    pairs = {B: whole_sequence(name, case, B, 2) for B in _BATCHES}
+    both = [B for B, layout in pairs.items() if isinstance(layout, Plan) and layout.directions == 2]
+    said = [f"for {_many(fitting)}"] if fitting else []
+    said += [f"for both directions of a layer at once for {_many(both)}"] if both else []
+    refused = [layout for layout in alone.values() if isinstance(layout, str)]
+    rest = [f"{'else ' if said else ''}step by step: {refused[0]}"] if refused else []
+    launch = [f"one launch a sequence (RNNKIT_PERSISTENT=1) {', '.join(said)}"] if said else []
+    return "; ".join(launch + rest)
+
+
+def _many(batches: list[int]) -> str:
+    return f"up to {batches[-1]} sequences" if batches[-1] < _BATCHES[-1] else "any number of sequences"

@@ -55,7 +55,7 @@ def kernel(
     ValueError
         By a cooperative launch: its blocks do not fit on the device at the same time.
     """
-    raw = _module(file, dtype, vector, macros, cooperative).get_function(name)
+    raw = _module(file, dtype, vector, macros).get_function(name)
     most_shared: dict[int, int] = {}  # by device: the function's attribute, which differs between them
 
     def launch(grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared: int = 0) -> None:
@@ -63,9 +63,14 @@ def kernel(
             device = cupy.cuda.runtime.getDevice()
             if shared > most_shared.get(device, _UNASKED_SHARED):
                 raw.max_dynamic_shared_size_bytes = most_shared[device] = shared
-        if cooperative and (grid[0] != 1 or len(grid) < 2):
+        if not cooperative:
+            raw(grid, block, args, shared_mem=shared)
+            return
+        if grid[0] != 1 or len(grid) < 2:
             raise ValueError(f"a cooperative grid is (1, n), got {grid}")
-        raw(grid, block, args, shared_mem=shared)
+        # Asked for at the launch, not of the module: CuPy before 14.2 would link that with a library which an
+        # installation may lack, for headers that nothing here includes.
+        raw.kernel(grid, block, args, shared_mem=shared, enable_cooperative_groups=True)
 
     return launch
 
@@ -75,11 +80,8 @@ _UNASKED_SHARED = 48 << 10
 
 
 @cache
-def _module(file: str, dtype: str, vector: int, macros: Macros, cooperative: bool) -> Any:
-    return cupy.RawModule(
-        code=source(FOLDER / f"{file}.cu"), options=options(dtype, vector, macros),
-        enable_cooperative_groups=cooperative,
-    )  # fmt: skip
+def _module(file: str, dtype: str, vector: int, macros: Macros) -> Any:
+    return cupy.RawModule(code=source(FOLDER / f"{file}.cu"), options=options(dtype, vector, macros))
 
 
 def address(array: Array) -> int:

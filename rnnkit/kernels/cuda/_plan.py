@@ -194,8 +194,8 @@ class Plan(NamedTuple):
 # what sm_100 needs, which needs most (tests/kernels/whole_sequences.csv).
 _OTHER_REGISTERS = 72
 _FROM_SHARED = 20
-_STREAMING = 16, 6  # and for each tile of rows
-_SECOND_DIRECTION = 20
+_STREAMING = 24, 6  # and for each tile of rows
+_SECOND_DIRECTION = 26
 _MOST_REGISTERS = 255  # of a thread: the architecture's
 _MOST_BLOCKS = 65535  # along the axis y of a grid, which the kernels use
 _IN_FLIGHT = 48 << 10  # bytes of streamed weights that a block asks for ahead
