@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 
 import numpy as np
 import pytest
@@ -13,6 +14,15 @@ from rnnkit._array import BackendUnavailableError, resolve_backend
 
 REQUIRE_ORACLE = os.environ.get("RNNKIT_REQUIRE_ORACLE") == "1"
 HAS_TORCH = importlib.util.find_spec("torch") is not None
+
+
+def pytest_configure(config):
+    """Give all processes of a run one folder for what the CUDA kernels are compiled to for the host."""
+    if "RNNKIT_HOST_DEVICE" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="rnnkit-host-device-")
+        os.environ["RNNKIT_HOST_DEVICE"] = folder.name
+        config.add_cleanup(folder.cleanup)
+        config.add_cleanup(lambda: os.environ.pop("RNNKIT_HOST_DEVICE"))
 
 
 def pytest_collection_modifyitems(items):

@@ -35,6 +35,8 @@ HERE = Path(__file__).parent / "kernels"
 PACKAGE = Path(rnnkit.kernels.__file__).parent / "cuda"
 SANITIZE = ("-fsanitize=alignment",)
 RACES = ("-fsanitize=thread", "-g")
+# gold, where it is, takes half the time.
+LINK = ("-shared", *(["-fuse-ld=gold"] if shutil.which("ld.gold") else []))
 FENCE = 64  # bytes on either side of an array that nobody may write
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2, "uneven": 3}
 Size = tuple[int, ...]
@@ -143,7 +145,8 @@ class HostDevice:
         # What the sanitizers call is in host.cpp: their libraries would be linked with the option.
         sanitize = [*SANITIZE, *(RACES if self.check_races else [])]
         name = hashlib.sha256(repr((code, options, sanitize)).encode()).hexdigest()[:16]
-        main, target = self.folder / f"{name}.cpp", self.folder / f"{name}.so"
+        # Other processes may make the same at the same time.
+        main, target = self.folder / f"{name}-{os.getpid()}.cpp", self.folder / f"{name}.so"
         kernels = re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(", code)
         with self._lock:
             if not target.exists():
@@ -151,7 +154,9 @@ class HostDevice:
                 main.write_text(f'#include "device.h"\n{code}\n{exports}\n')
                 include = f"-I{self._host}"
                 _compile(["-c", *sanitize, include, *options, str(main)], main.with_suffix(".o"))
-                _compile(["-shared", str(main.with_suffix(".o")), str(self._host / "host.o")], target)
+                made = main.with_suffix(".so")
+                _compile([*LINK, str(main.with_suffix(".o")), str(self._host / "host.o")], made)
+                made.replace(target)
         library = ctypes.CDLL(str(target))
         library.host_run.restype = ctypes.c_char_p
         return library
@@ -372,7 +377,7 @@ def on_host() -> ModuleType:
 @cache
 def _on_host() -> ModuleType:
     name = "rnnkit.kernels.cuda_on_host"
-    device = HostDevice(Path(_folder().name))
+    device = HostDevice(Path(os.environ.get("RNNKIT_HOST_DEVICE") or _folder().name))
     with mock.patch.dict(sys.modules, _stand_ins(device)):
         module = _load(name, PACKAGE / "__init__.py", [str(PACKAGE)])
     sys.modules.update(module.parts)

@@ -167,15 +167,17 @@ class Plan(NamedTuple):
         """Return in how many launches B sequences go."""
         return -(-self.groups(B) // self.at_once)
 
-    def registers(self, gates: int) -> int:
+    def registers(self, gates: int, capability: tuple[int, int]) -> int:
         """Return an estimate of a thread's registers; test_compile.py sees to it that none is spilled."""
         weights = 8 * self.tiles_m * (self.windows - self.in_shared - self.streamed) * self.chunks
         sums = self.tiles_m * self.n_tiles * (16 if self.product == "fma" else 4)
         items = -(-self.units * self.sequences // self.threads) * (gates + 3)
-        more = _FROM_SHARED if self.in_shared or self.streamed else 0
-        more += _STREAMING[0] + _STREAMING[1] * self.tiles_m if self.streamed else 0
-        more += _SECOND_DIRECTION if self.directions == 2 else 0
-        return weights + sums + items + _OTHER_REGISTERS + more
+        more = _MORE if capability >= (10, 0) or self.product == "fma" else _MORE_BEFORE_100
+        others = more.base
+        others += more.from_shared if self.in_shared or self.streamed else 0
+        others += more.streaming + more.each_tile * self.tiles_m if self.streamed else 0
+        others += more.second_direction if self.directions == 2 else 0
+        return weights + sums + items + others
 
     def macros(self) -> tuple[tuple[str, int], ...]:
         """Return the macros of this variant of a kernel."""
@@ -190,12 +192,21 @@ class Plan(NamedTuple):
 
 # --------------------------------------------------------------------------------------------- choice
 
-# For addresses, the pieces of what is multiplied and the loops, and where weights come from shared memory:
-# what sm_100 needs, which needs most (tests/kernels/whole_sequences.csv).
-_OTHER_REGISTERS = 72
-_FROM_SHARED = 20
-_STREAMING = 24, 6  # and for each tile of rows
-_SECOND_DIRECTION = 26
+
+class More(NamedTuple):
+    """Registers for addresses, the pieces of what is multiplied and the loops; with what may come on top."""
+
+    base: int
+    from_shared: int
+    streaming: int
+    each_tile: int
+    second_direction: int
+
+
+# What sm_100 needs, and products without tensor cores anywhere; then what is enough for tensor cores on sm_80
+# and sm_90. From compiling some hundred layouts: the most that was used, and nothing spilled.
+_MORE = More(72, 20, 24, 6, 26)
+_MORE_BEFORE_100 = More(50, 24, 12, 2, 4)
 _MOST_REGISTERS = 255  # of a thread: the architecture's
 _MOST_BLOCKS = 65535  # along the axis y of a grid, which the kernels use
 _IN_FLIGHT = 48 << 10  # bytes of streamed weights that a block asks for ahead
@@ -254,12 +265,12 @@ def _layouts(scan: Scan, limits: Limits) -> list[Plan]:
 def _with_weights(layout: Plan, scan: Scan, limits: Limits) -> Plan:
     """Return the layout with a place for those weights that do not fit in the registers."""
     most = _most_registers(layout, limits)
-    if layout.registers(scan.gates) <= most:
+    if layout.registers(scan.gates, limits.capability) <= most:
         return layout
 
     def outside(one: Plan) -> int:
         """Return how many windows of a chunk cannot be in registers, from the layout with one elsewhere."""
-        excess = one.registers(scan.gates) - most
+        excess = one.registers(scan.gates, limits.capability) - most
         return 1 + max(0, -(-excess // (8 * one.tiles_m * one.chunks)))
 
     shared = layout._replace(in_shared=outside(layout._replace(in_shared=1)))
@@ -282,7 +293,7 @@ def _fits(layout: Plan, scan: Scan, limits: Limits) -> bool:
     return (
         layout.at_once > 0
         and layout.in_shared + layout.streamed < layout.windows
-        and layout.registers(scan.gates) <= _most_registers(layout, limits)
+        and layout.registers(scan.gates, limits.capability) <= _most_registers(layout, limits)
         and layout.shared <= limits.shared_per_block
     )
 
