@@ -293,23 +293,19 @@ class Stack(Layer):
     ) -> Iterator[tuple[Array | None, list[Array]]]:  # fmt: skip
         """Yield what each direction of a layer returns, the last first; each has a part of d_y."""
         directions, P = self._directions[layer], recorded[0].output.shape[-1]
-        backwards = list(reversed(range(len(directions))))
 
         def incoming(k: int) -> tuple[Array, list[Array]]:
             d_part = d_y[:, :, k * P : (k + 1) * P] if self.bidirectional else d_y
             return self._backend.contiguous(d_part), self._of(d_states, layer, k)
 
         both = self._both(kernels, "backward", call)
-        if both is None:
-            for k in backwards:
-                d_part, d_final = incoming(k)
-                own = self._local(d_params, layer, k)
-                yield directions[k].backward(kernels, recorded.pop(), d_part, d_final, call, own)
-            return
-        scanned = backward_both(directions, both, recorded, [incoming(0), incoming(1)])
-        for k in backwards:
+        scanned = both and backward_both(directions, both, recorded, [incoming(0), incoming(1)])
+        for k in reversed(range(len(directions))):
             own = self._local(d_params, layer, k)
-            yield directions[k].gradients(scanned.pop(), len(d_states), recorded.pop(), call, own)
+            if scanned is None:
+                yield directions[k].backward(kernels, recorded.pop(), *incoming(k), call, own)
+            else:
+                yield directions[k].gradients(scanned.pop(), len(d_states), recorded.pop(), call, own)
 
     # ----------------------------------------------------------------------------------- validation
 

@@ -66,7 +66,8 @@ def both(name: str, case: Case, T: int, B: int) -> Callable[..., Any] | None:
     """
     if case.proj_size:
         return None
-    layout = _persistent.together(case.cell, name.endswith("_backward"), case.dtype, T, B, case.hidden_size)
+    backward = name.endswith("_backward")
+    layout = _persistent.chosen(case.cell, backward, case.dtype, T, B, case.hidden_size, 2)
     return None if layout is None else partial(_BOTH[name], layout)
 
 

@@ -19,8 +19,6 @@ from ._plan import LEAST_CAPABILITY, Limits, Plan, Scan, plan, step_times
 
 _PIECE = 16  # bytes: the longest load of a thread
 
-_plan = lru_cache(maxsize=256)(plan)
-
 
 class Side(NamedTuple):
     """What a kernel gets for one direction.
@@ -52,23 +50,15 @@ def blocks_may_wait() -> bool:
     return limits.multiprocessors > 0 and limits.capability >= LEAST_CAPABILITY
 
 
-def chosen(cell: str, backward: bool, dtype: str, T: int, B: int, H: int) -> Plan | None:
-    """Return how to lay out a scan in one launch, or None where it goes step by step."""
-    if not enabled() or T < 2:
-        return None
-    layout = layout_of(cell, backward, dtype, B, H)
-    return layout if isinstance(layout, Plan) else None
+def chosen(cell: str, backward: bool, dtype: str, T: int, B: int, H: int, directions: int = 1) -> Plan | None:
+    """Return how to lay out a scan, or those of both directions of a layer, in one launch.
 
-
-def together(cell: str, backward: bool, dtype: str, T: int, B: int, H: int) -> Plan | None:
-    """Return how to lay out the scans of both directions of a layer in one launch.
-
-    None where one after the other is not slower, or where neither is one launch.
+    None where one scan goes step by step; where two take no longer one after the other.
     """
     if not enabled() or T < 2:
         return None
-    layout = layout_of(cell, backward, dtype, B, H, 2)
-    return layout if isinstance(layout, Plan) and layout.directions == 2 else None
+    layout = layout_of(cell, backward, dtype, B, H, directions)
+    return layout if isinstance(layout, Plan) and layout.directions == directions else None
 
 
 def layout_of(cell: str, backward: bool, dtype: str, B: int, H: int, directions: int = 1) -> Plan | str:
@@ -76,16 +66,20 @@ def layout_of(cell: str, backward: bool, dtype: str, B: int, H: int, directions:
 
     For two directions it is one of both at once, or that of one where two of those take no longer.
     """
-    tf32, limits = _loader.precision("float32") == "TF32", _loader.limits()
+    tf32 = _loader.precision("float32") == "TF32"
     # Groups are multiples of 8 sequences, and each layout is a variant that is compiled at its first use.
-    scan = Scan(cell, backward, dtype, tf32, -(-B // 8) * 8, H)
-    alone = _plan(scan, limits)
-    if directions == 1:
-        return alone
-    both = _plan(scan._replace(directions=2), limits)
-    if isinstance(both, str) or isinstance(alone, str):
-        return alone if isinstance(both, str) else both
-    return both if _seconds(both, scan, limits) < 2 * _seconds(alone, scan, limits) else alone
+    return _best(Scan(cell, backward, dtype, tf32, -(-B // 8) * 8, H, directions), _loader.limits())
+
+
+@lru_cache(maxsize=256)
+def _best(scan: Scan, limits: Limits) -> Plan | str:
+    layout = plan(scan, limits)
+    if scan.directions == 1:
+        return layout
+    alone = _best(scan._replace(directions=1), limits)
+    if isinstance(layout, str) or isinstance(alone, str):
+        return alone if isinstance(layout, str) else layout
+    return layout if _seconds(layout, scan, limits) < 2 * _seconds(alone, scan, limits) else alone
 
 
 def _seconds(layout: Plan, scan: Scan, limits: Limits) -> float:

@@ -318,7 +318,7 @@ _CELL = 250.0  # clocks of a thread for the arithmetic of one hidden unit of one
 # What is not one launch has two a step, by the host, which is slower at that than a device at most steps.
 _STEP_ALONE = 14e-6
 _WORTH = 0.9  # of that time a launch of all steps may take: both are estimates
-_RATE_ALONE = 3e14  # multiplications a second of half precision, of others half as many
+_RATE_ALONE = {"half": 3.0e14, "tf32": 1.5e14, "fma": 3.0e13}  # multiplications a second
 
 
 def step_alone(scan: Scan) -> float:
@@ -327,8 +327,8 @@ def step_alone(scan: Scan) -> float:
     Low rather than high: a product whose weights come from memory, or that is bound by arithmetic.
     """
     weights = scan.gates * scan.H * scan.H
-    rate = _RATE_ALONE / (1 if scan.product == "half" else 2 if scan.product == "tf32" else 10)
-    seconds = max(_STEP_ALONE, weights * scan.operand_bytes / _MEMORY, weights * scan.B / rate)
+    arithmetic = weights * scan.B / _RATE_ALONE[scan.product]
+    seconds = max(_STEP_ALONE, weights * scan.operand_bytes / _MEMORY, arithmetic)
     return scan.directions * seconds
 
 
