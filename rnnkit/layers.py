@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ._array import accumulation_dtype, namespace_of
+from ._array import accumulation_dtype, backend_of
 from ._random import dropout_scale
 from ._typing import Array
 from .kernels import Case, kernels_for
@@ -124,15 +124,16 @@ class Embedding(Layer):
 
     def __call__(self, tokens: Array) -> Array:
         """Return the vectors (..., embedding_dim) of integer tokens (...)."""
-        tokens = self._accept(tokens)
         xp = self._backend.xp
         with self._backend.active():
+            tokens = self._accept(tokens)
             rows = xp.take(self._params["weight"], xp.reshape(tokens, (-1,)), axis=0)
             return xp.reshape(rows, (*tokens.shape, self.embedding_dim))
 
     def vjp(self, tokens: Array) -> tuple[Array, Pullback]:
         """Return the vectors and the function that turns their gradient into `Gradients`."""
-        tokens = self._accept(tokens)
+        with self._backend.active():
+            tokens = self._accept(tokens)
         vectors = self(tokens)
 
         def pullback(d_vectors: Array) -> Gradients:
@@ -177,8 +178,15 @@ class Dropout:
         """
         if self.p == 0.0:
             return x, lambda d_y: d_y
-        scale = dropout_scale(x, namespace_of(x), self.p, resolve_seed(seed), "dropout")
-        return x * scale, lambda d_y: d_y * scale
+        backend = backend_of(x)
+
+        def pullback(d_y: Array) -> Array:
+            with backend.active():
+                return d_y * scale
+
+        with backend.active():
+            scale = dropout_scale(x, backend.xp, self.p, resolve_seed(seed), "dropout")
+            return x * scale, pullback
 
     def __repr__(self) -> str:
         return f"Dropout({self.p})"

@@ -45,6 +45,13 @@ def softmax_cross_entropy(
         Targets are not integers.
     """
     backend = backend_of(logits)
+    with backend.active():
+        return _softmax_cross_entropy(backend, logits, targets, mask, lengths, gradient)
+
+
+def _softmax_cross_entropy(
+    backend: Backend, logits: Array, targets: Any, mask: Any, lengths: Any, gradient: bool
+) -> tuple[Array, Any]:
     xp, targets = backend.xp, backend.accept(targets, "targets")
     if logits.ndim < 1 or tuple(targets.shape) != tuple(logits.shape[:-1]):
         raise ValueError(f"targets must have shape {tuple(logits.shape[:-1])}, got {tuple(targets.shape)}")
@@ -61,9 +68,8 @@ def softmax_cross_entropy(
         looked_at = targets if counts is None else xp.where(counts, targets, xp.zeros_like(targets))
         check_tokens("targets", looked_at, V, on_host=True)
     case = Case("softmax_cross_entropy", dtype_name(logits.dtype), 0, device=backend.name)
-    with backend.active():
-        kernel = kernels_for(backend.library, case)["softmax_cross_entropy"]
-        loss, d_logits = kernel(xp.reshape(logits, (-1, V)), targets, counts, gradient)
+    kernel = kernels_for(backend.library, case)["softmax_cross_entropy"]
+    loss, d_logits = kernel(xp.reshape(logits, (-1, V)), targets, counts, gradient)
     return loss, None if d_logits is None else xp.reshape(d_logits, logits.shape)
 
 
@@ -93,6 +99,13 @@ def mean_squared_error(
         Shapes differ.
     """
     backend = backend_of(prediction)
+    with backend.active():
+        return _mean_squared_error(backend, prediction, target, mask, lengths)
+
+
+def _mean_squared_error(
+    backend: Backend, prediction: Array, target: Any, mask: Any, lengths: Any
+) -> tuple[Array, Array]:
     xp, target = backend.xp, backend.accept(target, "target")
     if prediction.ndim < 1 or tuple(target.shape) != tuple(prediction.shape):
         raise ValueError(f"target must have shape {tuple(prediction.shape)}, got {tuple(target.shape)}")

@@ -116,16 +116,11 @@ class LanguageModel(Layer):
             embedding_dim or vocab_size, hidden_size, num_layers, dropout=dropout, **special, **place("rnn")
         )
         self.linear = Linear(proj_size or hidden_size, vocab_size, **place("linear"))
-        self._bind(
-            join(
-                {
-                    f"{part}.{name}": value
-                    for part, layer in self._parts()
-                    for name, value in layer.params.items()
-                },
-                self._backend.dtype(self._dtype),
-            )
-        )
+        values = {
+            f"{part}.{name}": value for part, layer in self._parts() for name, value in layer.params.items()
+        }
+        with self._backend.active():
+            self._bind(join(values, self._backend.dtype(self._dtype)))
 
     def __call__(self, tokens: Array, state: State = None, *, lengths: Any = None) -> tuple[Array, State]:
         """Return the logits of each next token and the final state.

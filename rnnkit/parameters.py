@@ -290,5 +290,6 @@ def _rebuild(cls: Any, config: Mapping[str, Any], backend: Any, dtype: Any, flat
         moved = layer._backend.asarray(flat, layer.dtype)
     if np.all(np.isfinite(flat)) and not np.all(np.isfinite(to_numpy(moved))):
         raise ValueError(f"the parameters do not fit into {layer.dtype}: some would become infinite")
-    layer.params.flat[...] = moved
+    with layer._backend.active():
+        layer.params.flat[...] = moved
     return layer

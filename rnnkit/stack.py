@@ -130,6 +130,7 @@ class Stack(Layer):
             copy = self._backend.xp.asarray
             initial = [copy(part, copy=True) for part in self._check_states("state", state, call)]
             output, states, tape = self._run(call, initial, save=True, seed=resolve_seed(seed))
+            result = call.as_given(output), self._present_state(call, states)
         shape = tuple(output.shape)
 
         def pullback(d_output: Array | None, d_state: State = None) -> Gradients:
@@ -139,7 +140,7 @@ class Stack(Layer):
                 d_out = self._check_d_output(d_output, call, shape)
                 return self._run_back(call, tape, d_out, self._check_states("d_state", d_state, call))
 
-        return (call.as_given(output), self._present_state(call, states)), pullback
+        return result, pullback
 
     def step(self, x_t: Array, state: State = None) -> tuple[Array, State]:
         """Run a single time step: streaming.

@@ -139,7 +139,8 @@ def evaluate(model: LanguageModel, data: Any, *, batch_size: int = 64, window: i
     Evaluation
     """
     batch_size, window = check_size("batch_size", batch_size), check_size("window", window)
-    return _evaluate(model, device_data(data, model, batch_size, window, "data"), batch_size)
+    with model._backend.active():
+        return _evaluate(model, device_data(data, model, batch_size, window, "data"), batch_size)
 
 
 def fit(
@@ -215,8 +216,9 @@ def fit(
         "train": train_data.fingerprint, "validation": None if val_data is None else val_data.fingerprint,
     }  # fmt: skip
     run = _Run(model, optimizer, settings, None if checkpoint is None else Path(checkpoint))
+    steps = epochs * train_data.num_batches(batch_size)
     try:
-        with _bar(progress, epochs * train_data.num_batches(batch_size), name) as bar:
+        with model._backend.active(), _bar(progress, steps, name) as bar:
             bar.update(run.epoch * train_data.num_batches(batch_size) + run.batch)
             for epoch in range(run.epoch, epochs):
                 if patience is not None and run.history.epochs - run.history.best_epoch >= patience:
@@ -227,7 +229,8 @@ def fit(
                 run.end_epoch(loss)
     finally:
         optimizer.lr = run.base_lr  # also after an interruption: the caller may go on with it
-    return run.finish(keep_best)
+    with model._backend.active():
+        return run.finish(keep_best)
 
 
 def cosine_schedule(epochs: int, *, warmup: int = 0, final: float = 0.0) -> Callable[[int], float]:

@@ -6,13 +6,14 @@ import re
 import subprocess
 import sys
 import types
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 import rnnkit
 from rnnkit import _cuda, to_numpy
-from rnnkit._array import resolve_backend
+from rnnkit._array import Backend, resolve_backend
 
 
 def lstm(**options):
@@ -251,3 +252,115 @@ def test_pickle_to_a_process_that_chooses_the_backend_anew(tmp_path):
     result = run_python(code)
     assert result.returncode == 0, result.stderr
     assert abs(float(result.stdout) - float(lstm().params.flat.sum())) < 1e-4
+
+
+# ------------------------------------------------------------------------------- the device of the arrays
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Return a backend on which whatever computes fails, but where its device is made the current one.
+
+    CuPy computes and allocates on the current device, not where the arrays are: with "cupy:1" a program's
+    current device is another one. Views are made anywhere.
+    """
+    strict = pytest.importorskip(
+        "array_api_strict", reason="needs array-api-strict: pip install 'rnnkit[test]'"
+    )
+    from array_api_strict._array_object import Array
+
+    depth = 0
+
+    @contextmanager
+    def active(self):
+        nonlocal depth
+        depth += 1
+        try:
+            yield
+        finally:
+            depth -= 1
+
+    make, assign = Array._new.__func__, Array.__setitem__
+
+    def new(cls, x, /, device):
+        if not depth and not (isinstance(x, np.ndarray) and x.base is not None):
+            pytest.fail("something was computed on another device", pytrace=True)
+        return make(cls, x, device)
+
+    def setitem(self, key, value, /):
+        if not depth:
+            pytest.fail("something was written from another device", pytrace=True)
+        assign(self, key, value)
+
+    backend = resolve_backend(strict)
+    monkeypatch.setattr(Backend, "active", active)
+    monkeypatch.setattr(Array, "_new", classmethod(new))
+    monkeypatch.setattr(Array, "__setitem__", setitem)
+    for name in ("__iadd__", "__isub__", "__imul__", "__itruediv__"):
+        monkeypatch.delattr(Array, name)  # then a = a + b, which makes a new array
+    return backend
+
+
+@pytest.mark.parametrize("lengths", [None, [6, 0, 2]], ids=["padded", "ragged"])
+@pytest.mark.parametrize("layer", [rnnkit.RNN, rnnkit.GRU, rnnkit.LSTM])
+def test_layers_compute_on_their_device(elsewhere, layer, lengths, rng):
+    deep = layer(5, 8, num_layers=2, bidirectional=True, dropout=0.2, backend=elsewhere, seed=0)
+    x = deep.asarray(rng.standard_normal((6, 3, 5)))
+    deep(x, lengths=lengths)
+    (output, state), pullback = deep.vjp(x, lengths=lengths, seed=1)
+    pullback(output, state)
+    one = layer(5, 8, backend=elsewhere, batch_first=True, seed=0)
+    one.load_params(one.params)
+    (output, state), pullback = one.vjp(
+        x, lengths=None if lengths is None else one.asarray([3, 0, 2, 1, 1, 1])
+    )
+    pullback(output, None)
+    _, state = one.step(x[0, ...])
+    one.step(x[1, ...], state)
+    tokens = one.asarray(rng.integers(0, 5, (6, 3)))
+    one(tokens)
+    one.to(elsewhere, dtype="float64")
+    one.to("numpy").to(elsewhere)
+
+
+def test_what_is_around_layers_computes_on_its_device(elsewhere, rng):
+    embedding = rnnkit.Embedding(7, 4, backend=elsewhere, seed=0)
+    linear = rnnkit.Linear(4, 7, backend=elsewhere, seed=0)
+    tokens = linear.asarray(rng.integers(0, 7, (6, 3)))
+    x, pull_embedding = embedding.vjp(tokens)
+    embedding(tokens)
+    x, pull_dropout = rnnkit.Dropout(0.4).vjp(x, seed=2)
+    linear(x)
+    y, pull_linear = linear.vjp(x)
+    mask = resolve_backend(elsewhere).asarray(rng.random((6, 3)) < 0.5)
+    for options in ({}, {"mask": mask}, {"lengths": [0, 6, 3]}, {"lengths": linear.asarray([0, 6, 3])}):
+        rnnkit.softmax_cross_entropy(y, tokens, gradient=False, **options)
+        _, d_logits = rnnkit.softmax_cross_entropy(y, tokens, **options)
+        _, d_y = rnnkit.mean_squared_error(y, y, **options)
+    empty = linear.asarray(np.zeros((0, 3, 7)))
+    rnnkit.softmax_cross_entropy(empty, linear.asarray(np.zeros((0, 3), np.int64)))
+    rnnkit.mean_squared_error(empty, empty)
+    pull_linear(d_y)
+    grads = pull_linear(d_logits)
+    pull_embedding(pull_dropout(grads.x))
+    rnnkit.clip_grad_norm(grads.params, 0.1)
+    for optimizer in (rnnkit.SGD(0.1, momentum=0.9, weight_decay=0.1), rnnkit.Adam(weight_decay=0.1)):
+        optimizer.step(linear.params, grads.params)
+        optimizer.step(linear.params, grads.params, clip_norm=0.1)
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["sequences", "text"])
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_models_are_trained_on_their_device(elsewhere, counting, cell, text, tmp_path):
+    vocabulary, data = counting
+    data = np.concatenate(data) if text else data
+    options = {"embedding_dim": 3, "dropout": 0.2} if text else {}
+    model = rnnkit.LanguageModel(len(vocabulary), 8, cell, backend=elsewhere, seed=0, **options)
+    rnnkit.fit(
+        model, data, data, epochs=2, batch_size=4, window=5, clip_norm=1.0, keep_best=True,
+        checkpoint=tmp_path / "run", progress=False,
+    )  # fmt: skip
+    rnnkit.evaluate(model, data, batch_size=4)
+    model.generate([0, 1], 3, temperature=1.0, seed=0)
+    rnnkit.save(model, tmp_path / "model.safetensors")
+    rnnkit.load(tmp_path / "model.safetensors", backend=elsewhere)

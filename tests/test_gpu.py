@@ -57,6 +57,14 @@ def cupy():
     return cupy
 
 
+@pytest.fixture
+def torch(torch):
+    """The peer, where it computes on the GPU as well."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    return torch
+
+
 @pytest.fixture(params=KERNELS)
 def kernel(request, cupy, monkeypatch):
     """A kernel module, which then serves all layers; what it does not serve comes from the reference."""
@@ -182,8 +190,6 @@ def test_a_foreign_stream(cupy, kernel, spin, cell, rng):
 
 
 def test_a_stream_of_torchs(cupy, rng, torch):
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no GPU")
     layer = rnnkit.LSTM(5, 64, backend="cupy", seed=0)
     x, lengths, d_output = problem(rng, layer, 7, 6)
     expected = both(layer, x, lengths, d_output)
@@ -197,8 +203,6 @@ def test_a_stream_of_torchs(cupy, rng, torch):
 
 
 def test_arrays_of_torch_are_shared_not_copied(cupy, torch):
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no GPU")
     tensor = torch.ones(2, 1, 3, device="cuda")
     shared = resolve_backend("cupy").accept(tensor, "x")
     assert isinstance(shared, cupy.ndarray)
@@ -261,6 +265,27 @@ def test_another_device(cupy, kernel, rng):
         second(arguments[0])
 
 
+def test_training_on_another_device(cupy, kernel, counting, tmp_path):
+    """All that a program calls: tests/test_backends.py asks the same of every function, without a GPU."""
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("there is one GPU alone")
+    vocabulary, data = counting
+    found = []
+    for backend in ("cupy:0", "cupy:1"):
+        model = rnnkit.LanguageModel(
+            len(vocabulary), 16, embedding_dim=4, dropout=0.2, backend=backend, seed=0
+        )
+        history = rnnkit.fit(
+            model, data, data, epochs=2, batch_size=8, clip_norm=1.0, seed=0, progress=False,
+            checkpoint=tmp_path / backend.replace(":", ""),
+        )  # fmt: skip
+        found.append([*history.train_loss, *history.validation_loss, rnnkit.evaluate(model, data).loss])
+        assert model.generate([0], 5, seed=0)
+        assert model.params.flat.device.id == int(backend[-1])
+        assert cupy.cuda.Device().id == 0
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
 # -------------------------------------------------------------------------- synchronisation and launches
 
 
@@ -298,8 +323,6 @@ def launched(torch, call):
 @pytest.mark.parametrize("cell", LAYERS)
 @pytest.mark.parametrize("name", [name for name in KERNELS if name in LAUNCHES])
 def test_launches_a_step(cupy, monkeypatch, name, cell, direction, rng, torch):
-    if not torch.cuda.is_available():
-        pytest.skip("torch, whose profiler counts, sees no GPU")
     use(monkeypatch, name)
     layer = LAYERS[cell](64, 64, backend="cupy", seed=0)
     counts = []
