@@ -363,6 +363,9 @@ def _cupy(device: str) -> Backend:
 
 def _bfloat16_of_cupy() -> Any:
     """Return the dtype that CuPy 14 takes for bfloat16, which its namespace does not name."""
+    version = importlib.import_module("cupy").__version__
+    if int(version.partition(".")[0]) < 14:
+        raise TypeError(f"dtype 'bfloat16' needs CuPy 14 or later, and this is CuPy {version}")
     try:
         return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
     except ImportError as error:

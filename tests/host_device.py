@@ -30,6 +30,7 @@ import numpy as np
 import pytest
 
 import rnnkit.kernels
+from rnnkit._array import resolve_backend
 
 HERE = Path(__file__).parent / "kernels"
 PACKAGE = Path(rnnkit.kernels.__file__).parent / "cuda"
@@ -309,7 +310,8 @@ def _value(where: str, vector: int, arg: Any, kind: str, letter: str) -> Any:
     if kind == "=":
         assert type(arg) is {"q": int, "d": float}.get(letter), f"{where} is {letter!r}, got {arg!r}"
         return ctypes.c_longlong(arg) if letter == "q" else ctypes.c_double(arg)
-    if arg is None:
+    assert arg is not None, f"{where} is None, with which CuPy 13 ends the process: see or_null"
+    if type(arg) is int and arg == 0:
         return ctypes.c_void_p()
     assert isinstance(arg, np.ndarray), f"{where} is a pointer, got {arg!r}"
     assert arg.flags.c_contiguous, f"{where} is not in C order"
@@ -349,6 +351,14 @@ def require_compiler() -> None:
         if os.environ.get("RNNKIT_REQUIRE_ORACLE") == "1":
             pytest.fail("g++ is missing, which the tests of the CUDA kernels need")
         pytest.skip("no g++: the CUDA kernels are tested on the host with it")
+
+
+def require_cupys_bfloat16() -> None:
+    """Skip the test where CuPy has no bfloat16."""
+    try:
+        resolve_backend("cupy").dtype("bfloat16")
+    except TypeError as error:
+        pytest.skip(str(error))
 
 
 @cache

@@ -13,7 +13,7 @@ import pytest
 
 import rnnkit
 from rnnkit import _cuda, to_numpy
-from rnnkit._array import Backend, resolve_backend
+from rnnkit._array import Backend, _bfloat16_of_cupy, resolve_backend
 
 
 def lstm(**options):
@@ -139,6 +139,15 @@ def test_cupy_that_fails_to_import_is_not_called_missing(monkeypatch, tmp_path):
 def test_cupy_device_that_is_not_there(monkeypatch):
     fake_cupy(monkeypatch, count=2)
     assert re.search(r"cupy:2.*finds 2", refusal("cupy:2"))
+
+
+def test_cupy_13_has_no_bfloat16(monkeypatch):
+    cupy = fake_cupy(monkeypatch)
+    bfloat16 = _bfloat16_of_cupy()
+    assert bfloat16.name == "bfloat16"
+    cupy.__version__ = "13.6.0"
+    with pytest.raises(TypeError, match=r"'bfloat16' needs CuPy 14 or later, and this is CuPy 13\.6\.0"):
+        _bfloat16_of_cupy()
 
 
 @pytest.mark.parametrize(("tf32", "shown"), [(1, "off"), (7, "on")])

@@ -13,6 +13,7 @@ import sys
 
 import numpy as np
 import pytest
+from host_device import require_cupys_bfloat16
 
 import rnnkit
 from bench import cases, ours
@@ -355,6 +356,8 @@ def test_whole_sequences_against_single_steps(gpu, monkeypatch, cell, shape, pre
     """Ragged, both directions, there and back."""
     B, H = shape
     dtype = "float32" if precision == "tf32" else precision
+    if dtype == "bfloat16":
+        require_cupys_bfloat16()
     layer = LAYERS[cell](9, H, bidirectional=True, backend="cupy", dtype=dtype, seed=0)
     x, d_output = (layer.asarray(rng.standard_normal((13, B, size))) for size in (9, 2 * H))
     lengths = layer.asarray(rng.integers(0, 14, B))
@@ -373,6 +376,8 @@ def test_whole_sequences_against_single_steps(gpu, monkeypatch, cell, shape, pre
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 def test_clipping_and_adam_in_one_launch(cupy, gpu, monkeypatch, dtype, size, rng):
     """Against one after the other, and in every repetition the same bits, with another stream at work."""
+    if dtype == "bfloat16":
+        require_cupys_bfloat16()
     x, d_output = (rng.standard_normal((5, width)) for width in size)
     seed, clip_norm = int(rng.integers(1 << 30)), ((size[0] + 1) * size[1]) ** 0.5  # about half of the norm
 

@@ -113,7 +113,11 @@ class OnGPU:
         return getattr(self._module, name) if name == "why_not" else call
 
     def _there(self, value: Any) -> Any:
-        return self._cupy.asarray(value) if isinstance(value, np.ndarray) else value
+        if not isinstance(value, np.ndarray):
+            return value
+        if value.dtype.name == "bfloat16":
+            host_device.require_cupys_bfloat16()
+        return self._cupy.asarray(value)
 
     def _here(self, value: Any) -> Any:
         return self._cupy.asnumpy(value) if isinstance(value, self._cupy.ndarray) else value

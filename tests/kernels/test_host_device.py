@@ -7,7 +7,7 @@ from functools import partial
 import ml_dtypes
 import numpy as np
 import pytest
-from host_device import HERE, ORDERS, HostDevice, fenced, kernel_source, require_compiler
+from host_device import HERE, ORDERS, HostDevice, fenced, kernel_source, on_host, require_compiler
 
 SCHEDULES = list(ORDERS)
 
@@ -52,6 +52,14 @@ def test_barriers_order_what_threads_exchange(launch, rng):
     np.testing.assert_array_equal(y, x[::-1])
     launch("rotated", (1,), (96,), (x, y, 5), shared=96 * 8)
     np.testing.assert_array_equal(y, np.roll(x, -5))
+
+
+def test_none_is_refused_where_zero_is_a_null_pointer(launch):
+    """CuPy 13 ends the process at a launch with None, CuPy 14 takes it: no kernel may get one."""
+    with pytest.raises(AssertionError, match="argument 1 of reversed is None"):
+        launch("reversed", (1,), (32,), (fenced(32, np.float64), None), shared=32 * 8)
+    loader = on_host().parts["rnnkit.kernels.cuda_on_host._loader"]
+    assert loader.or_null((None, 1.5, 0, None)) == (0, 1.5, 0, 0)
 
 
 def test_a_missing_barrier_is_caught(launch, rng):

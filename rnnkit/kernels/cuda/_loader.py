@@ -47,8 +47,9 @@ def kernel(
 
     Notes
     -----
-    `args` are arrays, None for a null pointer, and Python integers and floats, which arrive as long long and
-    double. An array is its address: strides are not seen. `shared` is dynamic shared memory in bytes.
+    `args` are arrays, and Python integers and floats, which arrive as long long and double; `or_null` has put
+    0 in place of None. An array is its address: strides are not seen. `shared` is dynamic shared memory in
+    bytes.
 
     Raises
     ------
@@ -73,6 +74,11 @@ def kernel(
         raw.kernel(grid, block, args, shared_mem=shared, enable_cooperative_groups=True)
 
     return launch
+
+
+def or_null(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a kernel's arguments with null pointers for None, which ends the process in CuPy 13."""
+    return tuple([0 if arg is None else arg for arg in args])
 
 
 # Bytes of shared memory that a block gets without asking, on every device.
@@ -158,8 +164,9 @@ _CUDA_TYPES = {
     "float32": cupy.cuda.runtime.CUDA_R_32F,
     "float64": cupy.cuda.runtime.CUDA_R_64F,
     "float16": cupy.cuda.runtime.CUDA_R_16F,
-    "bfloat16": cupy.cuda.runtime.CUDA_R_16BF,
 }
+if hasattr(cupy.cuda.runtime, "CUDA_R_16BF"):  # CuPy 13 has no such arrays
+    _CUDA_TYPES["bfloat16"] = cupy.cuda.runtime.CUDA_R_16BF
 # cuBLAS reads its factors through pointers to the host, in the type that it computes in.
 _FACTORS = {dtype: {k: np.array(k, dtype) for k in (0, 1)} for dtype in ("float32", "float64")}
 

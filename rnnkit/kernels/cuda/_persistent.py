@@ -170,4 +170,4 @@ def _launch(
         first = k * layout.at_once
         args = *own, lengths, flags[k], error.address, T, B, H, int(reverse), weights.shape[1], first
         # As (1, n): CuPy shrinks a cooperative grid (n, 1) that does not fit, but raises for this one.
-        kernel((1, count * blocks), (layout.threads,), args, layout.shared)
+        kernel((1, count * blocks), (layout.threads,), _loader.or_null(args), layout.shared)

@@ -29,7 +29,7 @@ def elementwise(file: str, name: str, dtype: str, rows: int, columns: int, args:
     launch = _loader.kernel(file, name, dtype, vector)
     lanes = -(-columns // vector)
     threads = min(_THREADS, -(-lanes // _WARP) * _WARP)
-    grid, block, args = (rows, -(-lanes // threads)), (threads,), (*args, columns)
+    grid, block, args = (rows, -(-lanes // threads)), (threads,), _loader.or_null((*args, columns))
     return lambda t: launch(grid, block, (*args, t))
 
 

@@ -35,7 +35,8 @@ def softmax_cross_entropy(
     def launch(name: str, blocks: int, lanes: int, arguments: tuple[Any, ...], vector: int = 1) -> None:
         threads = min(_THREADS_ALONE, -(-lanes // _WARP) * _WARP)
         room = threads // _WARP * wide.itemsize
-        _loader.kernel("cross_entropy", name, dtype, vector)((blocks,), (threads,), arguments, room)
+        kernel = _loader.kernel("cross_entropy", name, dtype, vector)
+        kernel((blocks,), (threads,), _loader.or_null(arguments), room)
 
     if counts is not None:
         counts, n = xp.ascontiguousarray(counts), xp.empty((), dtype=wide)
