@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import warnings
+import weakref
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -134,6 +135,9 @@ class HostDevice:
         self.launches: list[str] = []
         self.attributes = dict(ATTRIBUTES)
         self.check_races = False
+        # What the driver is told by address.
+        self.functions: dict[int, Function] = {}
+        self.parameters: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._lock = threading.RLock()
         self._host = _host()
 
@@ -174,6 +178,20 @@ class HostDevice:
                 ctypes.c_size_t(shared), mode, ORDERS[self.order], ctypes.c_uint(self.seed),
             )  # fmt: skip
         assert error is None, f"{name}: {_located(error.decode(), library)}"
+
+    def launch_kernel(
+        self, function: int, grid_x: int, grid_y: int, grid_z: int, block_x: int, block_y: int, block_z: int,
+        shared: int, stream: int, parameters: int, extra: int,
+    ) -> None:  # fmt: skip
+        """Stand in for cuLaunchKernel: the arguments are where `parameters` points to."""
+        assert (stream, extra) == (STREAM, 0)
+        called, given = self.functions[function], self.parameters[parameters]
+        pointers = (ctypes.c_void_p * len(given.args)).from_address(parameters)
+        *args, _ = given.args
+        args = (*args, ctypes.c_longlong.from_address(pointers[len(args)]).value)
+        for where, value in zip(pointers, called.values(args), strict=True):
+            assert ctypes.string_at(where, 8) == bytes(value), f"{called.name} gets other arguments"
+        called.launch((grid_x, grid_y, grid_z), (block_x, block_y, block_z), args, shared_mem=shared)
 
     def blocks_at_once(self, threads: int, shared: int) -> int:
         """Return how many blocks the multiprocessors hold at the same time; registers are not counted."""
@@ -223,6 +241,12 @@ class Function:
         vectors = [int(option.partition("=")[2]) for option in options if option.startswith("-DVECTOR")]
         self.vector = vectors[0] if vectors else 1
         self._most_shared = device.attributes["MaxSharedMemoryPerBlock"]
+        device.functions[id(self)] = self
+
+    @property
+    def kernel(self) -> Compiled:
+        """Stand in for `cupy.RawKernel.kernel`."""
+        return Compiled(self)
 
     @property
     def max_dynamic_shared_size_bytes(self) -> int:
@@ -235,19 +259,23 @@ class Function:
         self._most_shared = size
 
     def __call__(self, grid: Size, block: Size, args: tuple[Any, ...], *, shared_mem: int = 0) -> None:
-        self.kernel(grid, block, args, shared_mem=shared_mem)
+        self.launch(grid, block, args, shared_mem=shared_mem)
 
-    def kernel(
-        self, grid: Size, block: Size, args: tuple[Any, ...], *, shared_mem: int = 0,
-        enable_cooperative_groups: bool = False,
-    ) -> None:  # fmt: skip
-        """Stand in for what `cupy.RawKernel.kernel` returns."""
+    def values(self, args: tuple[Any, ...]) -> list[Any]:
+        """Return the C values of the arguments, which must be what the kernel declares."""
         name = self.name
         assert len(args) == len(self.kinds), f"{name} takes {len(self.kinds)} arguments, got {len(args)}"
-        values = [
+        return [
             _value(f"argument {k} of {name}", self.vector, *each)
             for k, each in enumerate(zip(args, self.kinds, self.letters, strict=True))
         ]
+
+    def launch(
+        self, grid: Size, block: Size, args: tuple[Any, ...], *, shared_mem: int = 0,
+        enable_cooperative_groups: bool = False,
+    ) -> None:  # fmt: skip
+        """Run the kernel after checking all that a device would not notice."""
+        name, values = self.name, self.values(args)
         pointers = self.pointers(*[ctypes.addressof(value) for value in values])
         assert all(grid), f"{name}: a grid {grid} without blocks"
         assert math.prod(block) <= 1024, f"{name}: a block {block} of more than 1024 threads"
@@ -273,6 +301,21 @@ class Function:
         return (most, 1, 1)
 
 
+class Compiled:
+    """Stands in for `cupy.cuda.Function`."""
+
+    def __init__(self, function: Function):
+        self.ptr, self._function = id(function), function
+
+    def __call__(
+        self, grid: Size, block: Size, args: tuple[Any, ...], *, shared_mem: int = 0,
+        enable_cooperative_groups: bool = False,
+    ) -> None:  # fmt: skip
+        self._function.launch(
+            grid, block, args, shared_mem=shared_mem, enable_cooperative_groups=enable_cooperative_groups
+        )
+
+
 MOST_BLOCKS = 65535  # along the second and the third axis of a grid
 # Of a device of few multiprocessors, each of them an H200's; CuPy's names.
 ATTRIBUTES = {
@@ -287,7 +330,7 @@ ATTRIBUTES = {
     "CooperativeLaunch": 1,
 }
 SIZES = ctypes.c_uint * 3
-HANDLE = 4711
+HANDLE, STREAM = 4711, 815
 TYPES = {0: np.float32, 1: np.float64, 2: np.float16, 14: ml_dtypes.bfloat16}  # cudaDataType_t
 FACTOR = {"float32": ctypes.c_float, "float64": ctypes.c_double}
 # What cublasGemmEx allows, of what is used: type of a and b, of c, compute type.
@@ -394,9 +437,22 @@ def _on_host() -> ModuleType:
     for part in module.parts.values():
         if hasattr(part, "namespace_of"):
             part.namespace_of = lambda array: PoisonedNumPy()
-    module.parts[f"{name}._loader"].address = lambda array: array.ctypes.data
+    loader = module.parts[f"{name}._loader"]
+    loader.address = lambda array: array.ctypes.data
+    loader.Parameters = _recorded(loader.Parameters, device)
     module.device = device
     return module
+
+
+def _recorded(parameters: type, device: HostDevice) -> type:
+    """Return the class with a memory: whoever is told an address finds the arguments."""
+
+    class Recorded(parameters):  # type: ignore[misc]
+        def __init__(self, args: tuple[Any, ...]):
+            super().__init__(args)
+            device.parameters[self.address] = self
+
+    return Recorded
 
 
 def _load(name: str, path: Path, folders: list[str] | None = None) -> ModuleType:
@@ -432,12 +488,17 @@ def _stand_ins(device: HostDevice) -> dict[str, Any]:
             runtime=SimpleNamespace(**kinds, getDevice=lambda: 0),
             device=SimpleNamespace(get_cublas_handle=lambda: HANDLE),
             Device=lambda number: SimpleNamespace(attributes=device.attributes, compute_capability="90"),
+            get_current_stream=lambda: SimpleNamespace(ptr=STREAM),
             alloc_pinned_memory=pinned_memory,
         ),
         _core=SimpleNamespace(get_compute_type=lambda dtype: "DEFAULT", _routines_linalg=settings),
     )
     packages = {name: ModuleType(name) for name in ("cupy_backends", "cupy_backends.cuda")}
-    return {"cupy": cupy, **packages, "cupy_backends.cuda.libs": SimpleNamespace(cublas=cublas)}
+    driver = SimpleNamespace(launchKernel=device.launch_kernel)
+    return {
+        "cupy": cupy, **packages, "cupy_backends.cuda.libs": SimpleNamespace(cublas=cublas),
+        "cupy_backends.cuda.api": SimpleNamespace(driver=driver),
+    }  # fmt: skip
 
 
 @cache

@@ -19,6 +19,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+from host_device import on_host
 
 from bench import cases, correct, ours, records, report, tables, timing
 from bench.gpu import __main__ as program
@@ -579,6 +580,9 @@ def test_what_a_gpu_says_of_itself(fake_cupy):
 
 def test_the_limits_of_a_gpu(fake_cupy, monkeypatch):
     monkeypatch.setattr(limits, "COPIED", 1 << 12)
+    kernels = on_host()
+    monkeypatch.setitem(sys.modules, "rnnkit.kernels.cuda", kernels)
+    monkeypatch.setitem(sys.modules, "rnnkit.kernels.cuda._step", kernels.parts[f"{kernels.__name__}._step"])
     found = limits.of_gpu(fake_cupy, None)
     assert len({(limit.measure, limit.detail) for limit in found}) == len(found)
     for limit in found:

@@ -117,6 +117,7 @@ def of_gpu(cupy: Any, torch: Any) -> list[Limit]:
         *found,
         Limit("launch", "CuPy RawKernel, empty", _empty(module, (1, 1), False), LAUNCHES),
         Limit("launch", f"cooperative, {blocks} blocks, empty", _empty(module, (1, blocks), True), LAUNCHES),
+        Limit("launch", "as rnnkit launches each step of a scan", _step(cupy), LAUNCHES),
         Limit("launch", "CuPy elementwise, out=, 4096 numbers", _elementwise(cupy), LAUNCHES),
         Limit("launch", f"CuPy matmul, out=, {SMALL}, float32", _small_product(cupy), LAUNCHES),
         Limit("barrier", f"grid, {blocks} blocks", _grid(cupy, module, blocks), BARRIERS),
@@ -167,6 +168,18 @@ def _empty(module: Any, grid: tuple[int, int], cooperative: bool) -> Made:
 def _together(raw: Any, grid: tuple[int, int], arguments: tuple[Any, ...]) -> None:
     """Launch a kernel whose blocks are all there at the same time; rnnkit's loader says why in this way."""
     raw.kernel(grid, (BLOCK,), arguments, enable_cooperative_groups=True)
+
+
+def _step(cupy: Any) -> Made:
+    def make() -> tuple[Callable[[], Any], Callable[[], bool]]:
+        from rnnkit.kernels.cuda._step import elementwise
+
+        h = cupy.zeros((1, BLOCK), cupy.float32)
+        gates, output = cupy.ones((1, 1, BLOCK), cupy.float32), cupy.zeros((1, 1, BLOCK), cupy.float32)
+        launch = elementwise("rnn", "rnn_forward", "float32", 1, BLOCK, (gates, h, output, None, 0))
+        return _repeated(lambda: launch(0)), lambda: bool((output > 0).all())
+
+    return make
 
 
 def _elementwise(cupy: Any) -> Made:

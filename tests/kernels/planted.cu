@@ -34,6 +34,12 @@ extern "C" __global__ void rotated_without_second_barrier(const REAL* from, REAL
     rotate_block<false>(from, to, n);
 }
 
+// One element a thread, of n in all: the one that is t places on.
+extern "C" __global__ void moved(const REAL* from, REAL* to, long long n, long long t) {
+    const long long k = (blockIdx.x * gridDim.y + blockIdx.y) * blockDim.x + threadIdx.x;
+    to[k] = from[(k + t) % n];
+}
+
 extern "C" __global__ void divergent(REAL* to) {
     if (threadIdx.x < 3) __syncthreads();
     to[threadIdx.x] = 1;

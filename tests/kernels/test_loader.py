@@ -82,6 +82,16 @@ def test_macros_make_variants(loader):
     assert loader.options("float16", macros=(("SIZE", 2), ("GRID", 0)))[-2:] == ("-DSIZE=2", "-DGRID=0")
 
 
+def test_a_step_gets_its_arguments_and_the_step(loader, rng):
+    """Also when they live nowhere else any more."""
+    x, y = fenced(96, np.float64), fenced(96, np.float64)
+    x[...] = rng.standard_normal(96)
+    step = loader.each_step("planted", "moved", "float64", 1, (3, 1), 32, (x.copy(), y, 96))
+    for t in (5, 0, 95):
+        step(t)
+        np.testing.assert_array_equal(y, np.roll(x, -t))
+
+
 def test_limits(loader, device):
     assert loader.limits() == (8, 227 << 10, 1 << 16, (9, 0))
     device.attributes["CooperativeLaunch"] = 0
@@ -158,6 +168,14 @@ def test_cupy_has_the_product_that_the_host_device_stands_in_for(cupy):
     except ImportError as error:  # CuPy 14 looks for the library itself
         pytest.skip(str(error))
     assert arguments(cublas.gemmEx).count(",") == 18
+
+
+def test_cupy_has_the_launch_that_the_host_device_stands_in_for(cupy):
+    from cupy_backends.cuda.api import driver
+
+    assert arguments(driver.launchKernel).count(",") == 10
+    assert hasattr(cupy.cuda.Function, "ptr")
+    assert hasattr(cupy.cuda.Stream, "ptr")
 
 
 def test_pinned_memory_can_be_written_by_the_host():

@@ -5,7 +5,7 @@ unless ``RNNKIT_PERSISTENT=1`` asks for them, persistent.cuh says it):
 
 - A launch takes the host some microseconds, in which the device could do many a step. So there are few: 2 a
   step, 4 with a projection, and a few around the loop. Nothing is sliced or allocated in a loop; a kernel
-  gets whole arrays and the number t of the step.
+  gets whole arrays and the number t of the step, and only t is looked at again at each launch.
 - The product with W_hh is added to gates[t] by cuBLAS itself, and on the way back that with d_gates[t] to the
   gradient of h: no buffer in between. A GRU alone needs one, since its reset gate multiplies the product.
 - h and c advance in place. With `lengths` a sequence that is over is left alone, whatever is computed for it.

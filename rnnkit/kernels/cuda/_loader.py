@@ -14,6 +14,7 @@ from typing import Any
 
 import cupy
 import numpy as np
+from cupy_backends.cuda.api import driver
 from cupy_backends.cuda.libs import cublas
 
 from ..._array import on_arrival
@@ -56,7 +57,7 @@ def kernel(
     ValueError
         By a cooperative launch: its blocks do not fit on the device at the same time.
     """
-    raw = _module(file, dtype, vector, macros).get_function(name)
+    raw = _function(file, name, dtype, vector, macros)
     most_shared: dict[int, int] = {}  # by device: the function's attribute, which differs between them
 
     def launch(grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared: int = 0) -> None:
@@ -83,6 +84,66 @@ def or_null(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 # Bytes of shared memory that a block gets without asking, on every device.
 _UNASKED_SHARED = 48 << 10
+
+
+class Parameters:
+    """What a kernel gets, laid out as the driver reads it: the last number may change between launches.
+
+    Attributes
+    ----------
+    args : tuple
+        Arrays and integers, as `kernel` takes them: an address alone keeps no array alive.
+    values : array (n,) of int64
+    address : int
+        Of n pointers, each to one of the values.
+    """
+
+    def __init__(self, args: tuple[Any, ...]):
+        self.args = args
+        words = [arg if isinstance(arg, int) else address(arg) for arg in args]
+        self.values = np.array(words, np.int64)
+        self._pointers = self.values.ctypes.data + self.values.itemsize * np.arange(len(args))
+        self.address = int(self._pointers.ctypes.data)
+
+
+def each_step(
+    file: str, name: str, dtype: str, vector: int, grid: tuple[int, int], threads: int, args: tuple[Any, ...]
+) -> Callable[[int], None]:
+    """Return a function that launches a kernel with `args` and behind them t, for the steps of one scan.
+
+    What `kernel` returns looks at each argument, the stream and the device anew, which takes CuPy longer
+    than the driver takes to launch: where a step is small, most of its time. Here that is done once.
+
+    Parameters
+    ----------
+    file, name, dtype, vector
+        As in `kernel`.
+    grid : (int, int)
+    threads : int
+        Of a block.
+    args : tuple
+        Arrays and integers.
+
+    Notes
+    -----
+    All launches are in the stream that is current now. CuPy must have launched something in this thread
+    before, as it does to copy the initial state: the first time it makes CUDA's context the thread's own.
+    """
+    compiled = _function(file, name, dtype, vector, ()).kernel  # the current device's; it keeps its module
+    function, stream, (rows, columns) = compiled.ptr, cupy.cuda.get_current_stream().ptr, grid
+    parameters = Parameters((*args, 0))
+    values, where, launch = parameters.values, parameters.address, driver.launchKernel
+
+    def step(t: int, _alive: tuple[Any, ...] = (compiled, parameters)) -> None:
+        values[-1] = t
+        launch(function, rows, columns, 1, threads, 1, 1, 0, stream, where, 0)
+
+    return step
+
+
+@cache
+def _function(file: str, name: str, dtype: str, vector: int, macros: Macros) -> Any:
+    return _module(file, dtype, vector, macros).get_function(name)
 
 
 @cache

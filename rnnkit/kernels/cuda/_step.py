@@ -26,11 +26,10 @@ def elementwise(file: str, name: str, dtype: str, rows: int, columns: int, args:
     if not rows:
         return lambda t: None
     vector = vector_of(columns, args)
-    launch = _loader.kernel(file, name, dtype, vector)
     lanes = -(-columns // vector)
     threads = min(_THREADS, -(-lanes // _WARP) * _WARP)
-    grid, block, args = (rows, -(-lanes // threads)), (threads,), _loader.or_null((*args, columns))
-    return lambda t: launch(grid, block, (*args, t))
+    grid, args = (rows, -(-lanes // threads)), _loader.or_null((*args, columns))
+    return _loader.each_step(file, name, dtype, vector, grid, threads, args)
 
 
 def vector_of(columns: int, args: tuple[Any, ...]) -> int:
