@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from types import ModuleType
 from typing import Any
 
@@ -276,7 +276,16 @@ def on_arrival(check: Callable[[], None]) -> None:
 
 def namespace_of(array: Array) -> Namespace:
     """Return the Array API namespace that `array` belongs to."""
-    return np if isinstance(array, np.ndarray) else _compat().array_namespace(array)
+    if isinstance(array, np.ndarray):
+        return np
+    kind = type(array)
+    if kind not in _namespaces:
+        _namespaces[kind] = _compat().array_namespace(array)
+    return _namespaces[kind]
+
+
+# By the class of array: to ask takes longer than many a small operation.
+_namespaces: dict[type, Namespace] = {}
 
 
 def dtype_name(dtype: Any) -> str:
@@ -316,6 +325,7 @@ def _kind(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
+@cache
 def _compat() -> Any:
     return importlib.import_module("array_api_compat")
 

@@ -126,9 +126,10 @@ class Stack(Layer):
             raise ValueError("vjp needs seed= when dropout > 0: the same seed gives the same masks")
         with self._backend.active():
             call = self._check(x, state, lengths, embedding)
-            # A copy: the way back reads it, and a caller may reset his own in the meantime.
-            copy = self._backend.xp.asarray
-            initial = [copy(part, copy=True) for part in self._check_states("state", state, call)]
+            initial = self._check_states("state", state, call)
+            if state is not None:
+                # A copy: the way back reads it, and a caller may reset his own in the meantime.
+                initial = [self._backend.xp.asarray(part, copy=True) for part in initial]
             output, states, tape = self._run(call, initial, save=True, seed=resolve_seed(seed))
             result = call.as_given(output), self._present_state(call, states)
         shape = tuple(output.shape)

@@ -20,7 +20,7 @@ def loader(monkeypatch):
     module = on_host()
     part = module.parts[f"{module.__name__}._loader"]
     monkeypatch.setattr(part, "FOLDER", HERE)
-    caches = (part.kernel, part._module, part._limits, part.error_flag)
+    caches = (part.kernel, part._function, part._module, part._limits, part.error_flag)
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setattr(_array, "_arrival_checks", [])

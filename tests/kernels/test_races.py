@@ -37,7 +37,7 @@ def parts(monkeypatch):
     """Return the modules on the host, by name, whose kernels report races; each launch in another order."""
     module = on_host()
     parts = {name.rpartition(".")[2]: part for name, part in module.parts.items()}
-    caches = parts["_loader"].kernel, parts["_loader"]._module
+    caches = parts["_loader"].kernel, parts["_loader"]._function, parts["_loader"]._module
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setattr(module.device, "check_races", True)

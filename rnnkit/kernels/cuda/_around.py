@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from ..._array import accumulation_dtype, namespace_of
+from ..._array import namespace_of
 from ..._typing import Array
 from . import _loader
+from ._dtypes import name_of, wide_of
 from ._step import vector_of
 
 # Threads of a block that adds up the rows of one token; it looks through as many tokens at a time.
@@ -18,7 +17,7 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
 
     Two arrays of the same half precision are multiplied as they are; a mixed pair is widened first.
     """
-    xp, wide = namespace_of(a), np.dtype(accumulation_dtype(str(a.dtype)))
+    xp, wide = namespace_of(a), wide_of(a.dtype)
     if a.dtype != b.dtype:
         a, b = xp.astype(a, wide, copy=False), xp.astype(b, wide, copy=False)
     fits = out is not None and out.dtype == wide and out.flags.c_contiguous
@@ -50,7 +49,7 @@ def embedding_backward(d_rows: Array, index: Array, num_rows: int) -> Array:
     index = xp.ascontiguousarray(xp.astype(index, xp.int64, copy=False))
     d_table = xp.empty((num_rows, N), dtype=d_rows.dtype)
     vector = vector_of(N, (d_rows, d_table))
-    launch = _loader.kernel("embedding", "embedding_backward", str(d_rows.dtype), vector)
+    launch = _loader.kernel("embedding", "embedding_backward", name_of(d_rows.dtype), vector)
     grid = num_rows, -(-N // (vector * _THREADS))
     shared = 4 * (_THREADS + _THREADS // 32)
     launch(grid, (_THREADS,), (d_rows, index, d_table, M, N), shared)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from ..._array import namespace_of
 from ..._typing import Array
 from . import _persistent
+from ._dtypes import name_of
 from ._loader import product
 from ._persistent import Side
 from ._plan import Plan
@@ -33,7 +34,7 @@ def gru_forward(
     lengths: Array | None = None, reverse: bool = False, save: bool = True,
 ) -> tuple[Array, Array, GRUSaved | None]:  # fmt: skip
     """Return output (T, B, H), h_n (B, H) and what the backward scan needs."""
-    xp, dtype = namespace_of(gates), str(h_0.dtype)
+    xp, dtype = namespace_of(gates), name_of(h_0.dtype)
     T, (B, H) = gates.shape[0], h_0.shape
     layout = _persistent.chosen("gru", False, dtype, T, B, H)
     if layout is not None:
@@ -84,7 +85,7 @@ def gru_backward(
 ) -> tuple[Array, Array, Array]:
     """Return d_gates (T, B, 3H), d_h_0 (B, H) and d_recurrent_n (T, B, H)."""
     gates, recurrent_n, output, h_0, lengths, reverse = saved
-    xp, dtype = namespace_of(gates), str(d_output.dtype)
+    xp, dtype = namespace_of(gates), name_of(d_output.dtype)
     T, B, H = output.shape
     layout = _persistent.chosen("gru", True, dtype, T, B, H)
     if layout is not None:

@@ -7,6 +7,7 @@ place. Everything goes to the current stream of the current device, and nothing 
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -19,6 +20,7 @@ from cupy_backends.cuda.libs import cublas
 
 from ..._array import on_arrival
 from ..._typing import Array
+from ._dtypes import name_of
 from ._plan import Limits
 from ._source import FOLDER, Macros, options, source
 
@@ -86,6 +88,9 @@ def or_null(args: tuple[Any, ...]) -> tuple[Any, ...]:
 _UNASKED_SHARED = 48 << 10
 
 
+_WORD = ctypes.sizeof(ctypes.c_longlong)
+
+
 class Parameters:
     """What a kernel gets, laid out as the driver reads it: the last number may change between launches.
 
@@ -93,17 +98,20 @@ class Parameters:
     ----------
     args : tuple
         Arrays and integers, as `kernel` takes them: an address alone keeps no array alive.
-    values : array (n,) of int64
+    values : ctypes array of n long long
     address : int
         Of n pointers, each to one of the values.
     """
 
     def __init__(self, args: tuple[Any, ...]):
         self.args = args
-        words = [arg if isinstance(arg, int) else address(arg) for arg in args]
-        self.values = np.array(words, np.int64)
-        self._pointers = self.values.ctypes.data + self.values.itemsize * np.arange(len(args))
-        self.address = int(self._pointers.ctypes.data)
+        n = len(args)
+        self.values = (ctypes.c_longlong * n)(
+            *[arg if isinstance(arg, int) else address(arg) for arg in args]
+        )
+        first = ctypes.addressof(self.values)
+        self._pointers = (ctypes.c_void_p * n)(*range(first, first + ctypes.sizeof(self.values), _WORD))
+        self.address = ctypes.addressof(self._pointers)
 
 
 def each_step(
@@ -228,8 +236,9 @@ _CUDA_TYPES = {
 }
 if hasattr(cupy.cuda.runtime, "CUDA_R_16BF"):  # CuPy 13 has no such arrays
     _CUDA_TYPES["bfloat16"] = cupy.cuda.runtime.CUDA_R_16BF
-# cuBLAS reads its factors through pointers to the host, in the type that it computes in.
-_FACTORS = {dtype: {k: np.array(k, dtype) for k in (0, 1)} for dtype in ("float32", "float64")}
+# cuBLAS reads its factors, 0 and 1, through pointers to the host, in the type that it computes in.
+_FACTORS = {dtype: np.array([0, 1], dtype) for dtype in ("float32", "float64")}
+_AT = {dtype: [pair[k:].ctypes.data for k in (0, 1)] for dtype, pair in _FACTORS.items()}
 
 
 def product(a: Array, b: Array, out: Array, *, add: bool = False) -> Callable[[int], None]:
@@ -259,9 +268,9 @@ def product(a: Array, b: Array, out: Array, *, add: bool = False) -> Callable[[i
         return lambda t: None if add else (out[t] if out.ndim == 3 else out).fill(0)
     op_a, ld_a = _layout(a)
     op_b, ld_b = _layout(b)
-    a_type, out_type = _CUDA_TYPES[str(a.dtype)], _CUDA_TYPES[str(out.dtype)]
-    factors = _FACTORS[str(out.dtype)]
-    one, beta = factors[1].ctypes.data, factors[int(add)].ctypes.data
+    a_type, out_type = _CUDA_TYPES[name_of(a.dtype)], _CUDA_TYPES[name_of(out.dtype)]
+    zero, one = _AT[name_of(out.dtype)]
+    beta = one if add else zero
     from_a, from_b, to = address(a), address(b), address(out)
     step_a = a.strides[0] if a.ndim == 3 else 0
     step_out = out.strides[0] if out.ndim == 3 else 0
@@ -292,12 +301,12 @@ def _layout(matrix: Array) -> tuple[int, int]:
 
 def _compute_type(dtype: Any) -> Any:
     """Return cuBLAS's compute type for operands of this dtype, as CuPy would choose it."""
-    setting, wide = precision(dtype), str(dtype) == "float64"
+    setting, wide = precision(dtype), name_of(dtype) == "float64"
     if setting == "PEDANTIC":
         return cublas.CUBLAS_COMPUTE_64F_PEDANTIC if wide else cublas.CUBLAS_COMPUTE_32F_PEDANTIC
     if wide:
         return cublas.CUBLAS_COMPUTE_64F
-    rounded = setting == "TF32" and str(dtype) == "float32"  # cuBLAS refuses it for half precision
+    rounded = setting == "TF32" and name_of(dtype) == "float32"  # cuBLAS refuses it for half precision
     return cublas.CUBLAS_COMPUTE_32F_FAST_TF32 if rounded else cublas.CUBLAS_COMPUTE_32F
 
 
@@ -307,5 +316,9 @@ def precision(dtype: Any) -> str:
     CuPy reads the environment variable CUPY_TF32 once, at the first product; `cupy._core.set_compute_type`
     changes the setting later.
     """
-    setting = cupy._core.get_compute_type(dtype)
-    return str(cupy._core._routines_linalg.compute_type_to_str(setting)).removeprefix("COMPUTE_TYPE_")
+    return _setting(cupy._core.get_compute_type(dtype))
+
+
+@cache
+def _setting(number: int) -> str:
+    return str(cupy._core._routines_linalg.compute_type_to_str(number)).removeprefix("COMPUTE_TYPE_")

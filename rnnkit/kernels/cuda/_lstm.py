@@ -7,6 +7,7 @@ from typing import NamedTuple
 from ..._array import namespace_of
 from ..._typing import Array
 from . import _persistent
+from ._dtypes import name_of
 from ._loader import product
 from ._persistent import Side
 from ._plan import Plan
@@ -27,7 +28,7 @@ def lstm_forward(
     lengths: Array | None = None, reverse: bool = False, save: bool = True,
 ) -> tuple[Array, Array, Array, LSTMSaved | None]:  # fmt: skip
     """Return output (T, B, P), h_n (B, P), c_n (B, H) and what the backward scan needs."""
-    xp, dtype = namespace_of(gates), str(h_0.dtype)
+    xp, dtype = namespace_of(gates), name_of(h_0.dtype)
     (T, B, _), (_, P), (_, H) = gates.shape, h_0.shape, c_0.shape
     layout = _persistent.chosen("lstm", False, dtype, T, B, H) if weight_hr is None else None
     if layout is not None:
@@ -75,7 +76,7 @@ def lstm_forwards(
 
 def _projection(m: Array, weight_hr: Array, h: Array, output: Array, lengths: Array | None) -> list[Step]:
     """Return the calls that turn m (B, H) into h (B, P) and output[t]."""
-    (B, P), dtype = h.shape, str(h.dtype)
+    (B, P), dtype = h.shape, name_of(h.dtype)
     projected = namespace_of(m).empty((B, P), dtype=m.dtype)
     weight = namespace_of(m).astype(weight_hr, m.dtype, copy=False)
     return [
@@ -90,7 +91,7 @@ def lstm_backward(
 ) -> tuple[Array, ...]:  # fmt: skip
     """Return d_gates (T, B, 4H), d_h_0 (B, P), d_c_0 (B, H) and, given weight_hr, d_weight_hr (P, H)."""
     gates, c_prev, lengths, reverse = saved
-    xp, dtype = namespace_of(gates), str(d_output.dtype)
+    xp, dtype = namespace_of(gates), name_of(d_output.dtype)
     (T, B, P), H = d_output.shape, c_prev.shape[2]
     layout = _persistent.chosen("lstm", True, dtype, T, B, H) if weight_hr is None else None
     if layout is not None:

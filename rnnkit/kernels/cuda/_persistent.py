@@ -15,6 +15,7 @@ import numpy as np
 from ..._array import namespace_of
 from ..._typing import Array
 from . import _loader
+from ._dtypes import name_of
 from ._plan import LEAST_CAPABILITY, Limits, Plan, Scan, plan, step_times
 
 _PIECE = 16  # bytes: the longest load of a thread
@@ -107,7 +108,7 @@ def there(
         What the kernel gets behind the arrays and before what all kernels get.
     """
     weights = [_rows_of_pieces(side.weight_hh, side.weight_hh.dtype) for side in sides]
-    dtype, reads = str(weights[0].dtype), [array for side in sides for array in side.reads]
+    dtype, reads = name_of(weights[0].dtype), [array for side in sides for array in side.reads]
     arrays = [(weight, *side.args) for weight, side in zip(weights, sides, strict=True)]
     _launch(layout, f"{cell}_forward", dtype, arrays, numbers, reads, shape, lengths, reverse)
 
@@ -118,7 +119,7 @@ def back(
 ) -> None:  # fmt: skip
     """Launch the backward scans of a cell; see `there`."""
     arrays, reads, (_, B, _) = [], [], shape
-    stored = str(sides[0].weight_hh.dtype)
+    stored = name_of(sides[0].weight_hh.dtype)
     dtype = np.dtype(stored if layout.product == "half" else np.float32)
     for side in sides:
         weights, exchange = _rows_of_pieces(side.weight_hh.T, dtype), None

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
-from ..._array import accumulation_dtype, namespace_of
+from ..._array import namespace_of
 from ..._typing import Array
 from . import _persistent
+from ._dtypes import name_of, wide_of
 from ._loader import product
 from ._persistent import Side
 from ._plan import Plan
@@ -29,7 +28,7 @@ def rnn_forward(
     lengths: Array | None = None, reverse: bool = False, save: bool = True,
 ) -> tuple[Array, Array, RNNSaved | None]:  # fmt: skip
     """Return output (T, B, H), h_n (B, H) and what the backward scan needs."""
-    (T, B, H), dtype = gates.shape, str(h_0.dtype)
+    (T, B, H), dtype = gates.shape, name_of(h_0.dtype)
     xp, relu = namespace_of(gates), int(nonlinearity == "relu")
     layout = _persistent.chosen("rnn", False, dtype, T, B, H)
     if layout is not None:
@@ -71,8 +70,8 @@ def rnn_forwards(
 def rnn_backward(saved: RNNSaved, weight_hh: Array, d_output: Array, d_h_n: Array) -> tuple[Array, Array]:
     """Return d_gates (T, B, H) and d_h_0 (B, H)."""
     output, lengths, reverse, nonlinearity = saved
-    xp, dtype = namespace_of(output), str(d_output.dtype)
-    (T, B, H), wide = output.shape, np.dtype(accumulation_dtype(dtype))
+    xp, dtype = namespace_of(output), name_of(d_output.dtype)
+    (T, B, H), wide = output.shape, wide_of(d_output.dtype)
     layout = _persistent.chosen("rnn", True, dtype, T, B, H)
     if layout is not None:
         return rnn_backwards(layout, [saved], [weight_hh], [d_output], [d_h_n])[0]
@@ -93,7 +92,7 @@ def rnn_backwards(
 ) -> list[tuple[Array, Array]]:
     """Return for each direction of a launch what `rnn_backward` does."""
     sides, results = [], []
-    wide = np.dtype(accumulation_dtype(str(d_output[0].dtype)))
+    wide = wide_of(d_output[0].dtype)
     for one, weight, d_y, d_h in zip(saved, weight_hh, d_output, d_h_n, strict=True):
         xp = namespace_of(d_h)
         d_gates, d_h_0 = xp.empty(one.output.shape, dtype=wide), xp.empty(d_h.shape, dtype=d_h.dtype)

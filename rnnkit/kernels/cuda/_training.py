@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from ..._array import accumulation_dtype, namespace_of
+from ..._array import namespace_of
 from ..._typing import Array
 from . import _loader, _persistent
+from ._dtypes import name_of, wide_of
 from ._step import vector_at, vector_of
 
 _WARP = 32
@@ -28,7 +27,7 @@ def softmax_cross_entropy(
     xp, (M, V) = namespace_of(logits), logits.shape
     # All come through a reshape, which keeps the strides of a user's own array.
     logits, targets = xp.ascontiguousarray(logits), xp.ascontiguousarray(targets)
-    dtype, wide = str(logits.dtype), np.dtype(accumulation_dtype(str(logits.dtype)))
+    dtype, wide = name_of(logits.dtype), wide_of(logits.dtype)
     losses, loss = xp.empty((M,), dtype=wide), xp.empty((), dtype=wide)
     d_logits, n = xp.empty((M, V), dtype=logits.dtype) if gradient else None, None
 
@@ -57,7 +56,7 @@ def adam(
     if not N:
         return
     vector = vector_at(flat, d_flat, mean, square)
-    launch = _loader.kernel("adam", "adam", str(flat.dtype), vector)
+    launch = _loader.kernel("adam", "adam", name_of(flat.dtype), vector)
     arguments = flat, d_flat, mean, square, *_numbers(betas, steps, lr, eps, weight_decay), N
     launch((-(-N // (vector * _THREADS)),), (_THREADS,), arguments)
 
@@ -76,8 +75,8 @@ def clip(flat: Array, max_norm: float) -> Array:
 
     Two launches: sums of squares, and the scaling; the same bits every time.
     """
-    N, dtype = flat.shape[0], str(flat.dtype)
-    xp, wide = namespace_of(flat), np.dtype(accumulation_dtype(dtype))
+    N, dtype = flat.shape[0], name_of(flat.dtype)
+    xp, wide = namespace_of(flat), wide_of(flat.dtype)
     vector = vector_at(flat)
     # Each thread of the second launch adds one of the sums.
     blocks = max(1, min(_THREADS_ALONE, -(-N // (vector * _THREADS_ALONE))))
@@ -108,8 +107,8 @@ def clipped_adam(
         return norm
     error = _loader.error_flag()
     error.check()
-    N, dtype = flat.shape[0], str(flat.dtype)
-    xp, wide = namespace_of(flat), np.dtype(accumulation_dtype(dtype))
+    N, dtype = flat.shape[0], name_of(flat.dtype)
+    xp, wide = namespace_of(flat), wide_of(flat.dtype)
     vector = vector_at(flat, d_flat, mean, square)
     # All of them must be there at the same time; and each thread adds one of the sums, as in `clip`.
     most = min(_loader.limits().multiprocessors, _THREADS_ALONE)
