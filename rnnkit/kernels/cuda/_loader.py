@@ -87,8 +87,7 @@ def or_null(args: tuple[Any, ...]) -> tuple[Any, ...]:
 # Bytes of shared memory that a block gets without asking, on every device.
 _UNASKED_SHARED = 48 << 10
 
-
-_WORD = ctypes.sizeof(ctypes.c_longlong)
+_WORD = ctypes.sizeof(ctypes.c_longlong)  # a pointer's size too
 
 
 class Parameters:
@@ -119,8 +118,8 @@ def each_step(
 ) -> Callable[[int], None]:
     """Return a function that launches a kernel with `args` and behind them t, for the steps of one scan.
 
-    What `kernel` returns looks at each argument, the stream and the device anew, which takes CuPy longer
-    than the driver takes to launch: where a step is small, most of its time. Here that is done once.
+    What `kernel` returns has CuPy look at each argument, the stream and the device anew: longer than all else
+    that the host does in a step, for which a small layer's device waits. Here that is done once.
 
     Parameters
     ----------
